@@ -1,0 +1,1 @@
+"""Networks only: code, never trained files."""

@@ -1,0 +1,1 @@
+"""coinfer: device-edge co-inference as an MLOps pipeline."""

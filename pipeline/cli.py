@@ -1,0 +1,164 @@
+"""The command line: one command per stage, plus what users run around them. Nothing but parsing and progress."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import CoinferError, Interrupted
+from pipeline.paths import PARAMS
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split.")
+DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under `devices` in params.yaml; the first one by default")]
+BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
+
+
+def _stage(name: str, *, per_device: bool, device: str | None = None) -> None:
+    from pipeline.params import load_params
+
+    params = load_params()
+    where: dict[str, str] = {}
+    if per_device:
+        where["device"] = device or next(iter(params.devices))
+        params.device(where["device"])
+
+    import torch
+
+    from pipeline.tracking import stage_run
+
+    torch.set_num_threads(params.run.threads)
+    with stage_run(name, where.get("device"), PARAMS) as tracker:
+        importlib.import_module(f"pipeline.stages.{name}").run(params=params, tracker=tracker, **where)
+
+
+@app.command()
+def prepare() -> None:
+    """Images -> uint8 tensors of train, validation, gate and test."""
+    _stage("prepare", per_device=False)
+
+
+@app.command()
+def pretrain() -> None:
+    """Train the backbone, or load and improve given weights."""
+    _stage("pretrain", per_device=False)
+
+
+@app.command()
+def profile(device: DeviceOption = None) -> None:
+    """List the cut points and write the profiles of device and edge."""
+    _stage("profile", per_device=True, device=device)
+
+
+@app.command()
+def search(device: DeviceOption = None) -> None:
+    """Search cut, pruning and codec; choose one candidate."""
+    _stage("search", per_device=True, device=device)
+
+
+@app.command()
+def finetune(device: DeviceOption = None) -> None:
+    """Prune for real, insert the codec, train with distillation."""
+    _stage("finetune", per_device=True, device=device)
+
+
+@app.command()
+def export(device: DeviceOption = None) -> None:
+    """Write the bundle: ONNX halves, coder tables, manifest."""
+    _stage("export", per_device=True, device=device)
+
+
+@app.command()
+def evaluate(device: DeviceOption = None) -> None:
+    """Measure the bundle on the test images, over a link."""
+    _stage("evaluate", per_device=True, device=device)
+
+
+@app.command()
+def report(device: DeviceOption = None) -> None:
+    """Print the chosen split beside device-only and edge-only."""
+    from pipeline.params import load_params
+    from pipeline.report import print_report
+
+    params = load_params()
+    for name in [device] if device else params.devices:
+        params.device(name)
+        print_report(name)
+
+
+@app.command()
+def measure(into: Annotated[Path, typer.Option("--into", help="profile to write or extend, for example profiles/pi4.json")]) -> None:
+    """Measure this machine for the backbone in params.yaml."""
+    from pipeline.costs.measure import measure_into
+    from pipeline.params import load_params
+
+    measure_into(load_params(), into)
+
+
+@app.command()
+def params() -> None:
+    """Print every parameter, its type, default and meaning as a Markdown table."""
+    from pipeline.params import markdown
+
+    print(markdown())
+
+
+@app.command()
+def edge(
+    bundle: BundleOption,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7070,
+    threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
+) -> None:
+    """Serve the edge half of a bundle over TCP."""
+    from pipeline.runtime.bundle import Bundle
+    from pipeline.runtime.edge import serve
+
+    serve(Bundle.load(bundle), host, port, threads=threads)
+
+
+@app.command()
+def device(
+    bundle: BundleOption,
+    source: Annotated[Path, typer.Option("--source", help="an image or a folder of images")],
+    edge: Annotated[str | None, typer.Option("--edge", metavar="HOST:PORT", help="left out: everything runs here")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
+) -> None:
+    """Run the device half on images; print one JSON line an image."""
+    from pipeline.runtime.bundle import Bundle
+    from pipeline.runtime.device import classify_directory
+    from pipeline.runtime.transport import TcpTransport
+
+    transport = TcpTransport.at(edge) if edge else None
+    for record in classify_directory(Bundle.load(bundle), transport, [source], threads=threads):
+        print(json.dumps(record), flush=True)
+
+
+def main() -> None:
+    """Run the command line; expected failures are one sentence on standard error."""
+    # `python -m pipeline.cli` runs the copy in the current directory; `coinfer` must find a user's own backbone there too.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        app(standalone_mode=True)
+    except Interrupted as error:
+        _fail(str(error), 130)
+    except CoinferError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was kept.", 130)
+    except ModuleNotFoundError as error:
+        _fail(f"this command needs the package {error.name}, which is not installed; install the training extra: pip install 'coinfer[train]'.", 1)
+
+
+def _fail(message: str, code: int) -> Any:
+    print(f"coinfer: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

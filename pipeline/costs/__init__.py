@@ -1,0 +1,1 @@
+"""Device profile, latency prediction, link and energy: pure functions."""

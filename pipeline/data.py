@@ -1,0 +1,154 @@
+"""The prepared splits as tensors, and the batches a training draws from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.errors import DataError, ParamsError
+from pipeline.files import read_json
+from pipeline.params import Training
+from pipeline.paths import DATA_CARD, split_file
+from pipeline.runtime.preprocess import MEAN, STD, Preprocessing
+
+EVALUATION_BATCH = 256
+Split = tuple[Tensor, Tensor]
+
+
+def load_split(name: str) -> Split:
+    """Images uint8 (N, 3, S, S) and labels int64 (N,) of `train`, `validation`, `gate` or `test`.
+
+    safetensors maps the file instead of reading it, so data larger than memory works: pages come in as batches ask for them.
+
+    Raises:
+        DataError: the file is missing, damaged, or not written by `prepare`.
+    """
+    path = split_file(name)
+    try:
+        tensors = load_file(path)
+        return tensors["images"], tensors["labels"]
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; run `dvc repro` to make it.") from None
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete it and run `dvc repro` again.") from error
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the training stages need to know of artifacts/data/card.json."""
+
+    num_classes: int
+    image_size: int
+    sha256: str
+
+
+def load_card() -> Card:
+    """The data card that `prepare` wrote.
+
+    Raises:
+        CoinferError: it is missing or not JSON.
+    """
+    fields = read_json(DATA_CARD, "the data card")
+    return Card(len(fields["classes"]), int(fields["image_size"]), str(fields["sha256"]["all"]))
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S) -> float32 of the same shape in channels_last memory, by the arithmetic that the device uses too."""
+    tensor = torch.from_numpy(Preprocessing(images.shape[-1], MEAN, STD).tensor(images.numpy()))
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def augmented(images: Tensor, chosen: Tensor, padding: int, flip: bool, rng: np.random.Generator) -> Tensor:
+    """The `chosen` (B,) of `images` uint8 (N, 3, S, S), each with a crop and flip of its own: uint8 (B, 3, S, S).
+
+    The crop is S x S out of the image with a reflected border of `padding` pixels. One gather does it all, so no padded copy is made.
+    """
+    if not padding and not flip:
+        return images[chosen]
+    size = images.shape[-1]
+    rows, columns = (_reflect(np.arange(size) + rng.integers(-padding, padding + 1, (len(chosen), 1)), size) for _ in range(2))
+    if flip:
+        flipped = rng.random(len(chosen)) < 0.5
+        columns[flipped] = columns[flipped, ::-1]
+    gather = chosen[:, None, None, None], torch.arange(3)[:, None, None], torch.from_numpy(rows)[:, None, :, None], torch.from_numpy(columns)[:, None, None, :]
+    return images[gather]
+
+
+def _reflect(positions: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    """Positions outside 0..size-1 mirrored at the border pixel, which is not repeated."""
+    mirrored: np.ndarray[Any, Any] = size - 1 - np.abs(size - 1 - np.abs(positions))
+    return mirrored
+
+
+class Batches:
+    """One pass over `split` each time it is iterated: (images float32 (B, 3, S, S), labels int64 (B,)).
+
+    Order, crops and flips, and torch's own generator (dropout) are a function of (seed, epoch, step) alone, so a training resumed at an
+    epoch's start goes on bit for bit as if it had never stopped. The last, smaller batch is left out: batch statistics of a few images only hurt.
+    """
+
+    def __init__(self, split: Split, settings: Training, seed: int, epoch: Callable[[], int]) -> None:
+        self.images, self.labels = split
+        self.settings, self.seed, self.epoch = settings, seed, epoch
+        self.batch_size = min(settings.batch_size, len(self.labels))
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def __iter__(self) -> Iterator[Split]:
+        epoch = self.epoch()
+        order = torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(len(self.labels)))
+        for step, chosen in enumerate(torch.split(order[: len(self) * self.batch_size], self.batch_size)):
+            rng = np.random.default_rng((self.seed, epoch, step))
+            torch.manual_seed(int(rng.integers(2**31)))
+            yield normalise(augmented(self.images, chosen, self.settings.crop_padding, self.settings.flip, rng)), self.labels[chosen]
+
+
+class WholeSplit:
+    """All of `split` in order: (images float32 (B, 3, S, S), labels int64 (B,))."""
+
+    def __init__(self, split: Split) -> None:
+        self.images, self.labels = split
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // EVALUATION_BATCH)
+
+    def __iter__(self) -> Iterator[Split]:
+        for images, labels in zip(torch.split(self.images, EVALUATION_BATCH), torch.split(self.labels, EVALUATION_BATCH), strict=True):
+            yield normalise(images), labels
+
+
+class DataModule(LightningDataModule):
+    """Training batches by `settings` and `seed`, and the validation split as it is.
+
+    Raises:
+        DataError: there is no training image.
+        ParamsError: the crop's border is as wide as the image.
+    """
+
+    def __init__(self, train: Split, validation: Split, settings: Training, seed: int) -> None:
+        super().__init__()
+        size = train[0].shape[-1]
+        if not len(train[1]):
+            raise DataError(f"{split_file('train')} holds no image; check data.path and data.validation_fraction in params.yaml.")
+        if settings.crop_padding >= size:
+            raise ParamsError(f"crop_padding is {settings.crop_padding}, but the images have {size} pixels a side; choose less in params.yaml.")
+        self.train, self.validation, self.settings, self.seed = train, validation, settings, seed
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.train, self.settings, self.seed, self._epoch)
+
+    def val_dataloader(self) -> WholeSplit:
+        return WholeSplit(self.validation)
+
+    def _epoch(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.current_epoch

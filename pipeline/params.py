@@ -1,0 +1,220 @@
+"""params.yaml as frozen models: an unknown key, a wrong type or a value out of range is one sentence with the key's path."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import ParamsError
+from pipeline.paths import PARAMS
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Run(Section):
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    threads: int = Field(2, ge=1, le=256, description="torch threads; part of what makes results reproducible")
+
+
+class Data(Section):
+    source: Literal["digits", "cifar10", "folder"] = Field(description="scikit-learn's digits, torchvision's CIFAR10, or an image folder")
+    path: str = Field(min_length=1, description="folder: holds train/CLASS/* and test/CLASS/*; cifar10: where torchvision keeps its files; digits: not read")
+    image_size: int = Field(ge=8, le=1024, description="pixels; the shorter side is resized to this, then the centre cropped")
+    validation_fraction: float = Field(0.1, gt=0, le=0.5, description="every 1/fraction-th training image of a class is held out, alternately to validation and gate")
+
+
+class Backbone(Section):
+    name: str = Field(min_length=1, description="one of ours, a torchvision classifier, or package.module:function")
+    weights: str | None = Field(None, description="safetensors file to start from; keep it under weights/, whose content DVC watches")
+
+
+class Training(Section):
+    epochs: int = Field(ge=0, description="passes over the training images")
+    batch_size: Count = Field(64, description="images a step")
+    learning_rate: Positive = Field(description="peak of the one-cycle schedule")
+    weight_decay: NonNegative = Field(5e-4, description="on matrices and filters only")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="decay per step of the averaged weights that are kept; 0 = off")
+    precision: Precision = Field("auto", description="auto picks bf16 where the processor computes it natively")
+    crop_padding: int = Field(4, ge=0, description="pixels of reflected border for random crops; 0 = off")
+    flip: bool = Field(False, description="random horizontal flips")
+
+
+class Pretrain(Training):
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+
+
+class Finetune(Training):
+    distill_logits: NonNegative = Field(1.0, description="weight of the KL divergence to the unsplit teacher")
+    distill_feature: NonNegative = Field(0.1, description="weight of the squared error on the feature at the cut")
+    temperature: Positive = Field(2.0, description="of the distilled logits")
+
+
+class LinkParams(Section):
+    rate_mbps: Positive = Field(description="Mbit/s (1e6), each way")
+    rtt_ms: NonNegative = Field(description="round-trip propagation")
+
+
+class Device(Section):
+    profile: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="profiles/NAME.json, or `measure` for this machine")
+    slowdown: float = Field(1, ge=1, allow_inf_nan=False, description="the device is this many times slower than its profile")
+    edge_profile: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="the edge server's profile")
+    edge_slowdown: float = Field(1, ge=1, allow_inf_nan=False, description="the edge is this many times slower than its profile")
+    memory_mb: Positive = Field(description="what the device half may need: weights and largest activations")
+    link: LinkParams = Field(description="between device and edge")
+
+
+class Search(Section):
+    trials: Count = Field(description="evaluations, baselines not counted")
+    sampler: Literal["tpe", "nsga2"] = Field("tpe", description="Optuna's sampler")
+    codec_steps: Count = Field(description="training steps of one trial")
+    train_images: Count = Field(description="training images a trial draws from")
+    batch_size: Count = Field(64, description="images a step")
+    learning_rate: Positive = Field(0.01, description="of a trial's training")
+    keep: list[Fraction] = Field(min_length=1, description="kept fractions of a block's prunable channels")
+    code_channels: list[Count] = Field(min_length=1, description="channels of the code")
+    strides: list[Literal[1, 2, 4, 8]] = Field(min_length=1, description="spatial strides of the encoder")
+    bits: list[Annotated[int, Field(ge=1, le=8)]] = Field(min_length=1, description="bits a symbol")
+    webp_qualities: list[Annotated[int, Field(ge=1, le=100)]] = Field(min_length=1, description="edge-only baselines; 100 = lossless")
+
+    @field_validator("keep", "code_channels", "strides", "bits", "webp_qualities")
+    @classmethod
+    def _distinct(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) != len(values):
+            raise ValueError("values repeat; name each once")
+        return values
+
+
+class Objective(Section):
+    minimize: Literal["latency_ms", "wire_bytes", "energy_mj"] = Field(description="what the chosen candidate has least of")
+    max_accuracy_drop: float = Field(ge=0, lt=1, description="below the unsplit backbone, on validation")
+
+
+class Evaluate(Section):
+    latency_images: Count = Field(200, description="test images timed through the emulated link")
+    warmup_images: int = Field(20, ge=0, description="images run before timing starts")
+
+
+class Params(Section):
+    run: Run
+    data: Data
+    backbone: Backbone
+    pretrain: Pretrain
+    devices: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], Device] = Field(min_length=1)
+    search: Search
+    objective: Objective
+    finetune: Finetune
+    evaluate: Evaluate
+
+    @field_validator("devices")
+    @classmethod
+    def _no_clash(cls, devices: dict[str, Device]) -> dict[str, Device]:
+        for name in ("data", "backbone"):
+            if name in devices:
+                raise ValueError(f"a device cannot be called {name}, artifacts/{name} is taken")
+        return devices
+
+    def device(self, name: str) -> Device:
+        if name not in self.devices:
+            raise ParamsError(f"params.yaml has no device {name}; it has {', '.join(self.devices)}.")
+        return self.devices[name]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses repeated keys and, as people expect, reads 1e-4 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def parse_params(fields: Any, where: str = "params") -> Params:
+    """Check `fields` (as read from YAML).
+
+    Raises:
+        ParamsError: the path of the first wrong key, what is there and what is allowed.
+    """
+    try:
+        return Params.model_validate(fields)
+    except ValidationError as error:
+        raise ParamsError("\n".join(f"{where}: {_explain(item)}" for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"] if part != "[key]") or "the file"
+    if item["type"] == "extra_forbidden":
+        model: Any = Params
+        for part in item["loc"][:-1]:
+            field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+            if field is None:
+                model = Device if item["loc"][0] == "devices" and len(item["loc"]) == 3 else LinkParams if item["loc"][0] == "devices" else model
+            else:
+                model = field.annotation
+        known = ", ".join(getattr(model, "model_fields", {}))
+        return f"{path} is not a parameter; known here: {known}."
+    if item["type"] == "missing":
+        return f"{path} is missing; add it (docs/params.md says what it means)."
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path} is {item['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and check `path`.
+
+    Raises:
+        ParamsError: the file is missing, is not YAML, or holds a wrong key, type or range.
+    """
+    try:
+        fields = yaml.load(path.read_text(), Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise ParamsError(f"{path} is missing; run in a folder that has one, for example the root of the repository.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ParamsError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+    return parse_params(fields, str(path))
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " &#124; ".join(f"`{value}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(_allowed(option) for option in schema["anyOf"])
+    words = f"list of {_allowed(schema['items'])}" if "items" in schema else str(schema.get("type", schema.get("const", "")))
+    limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    return ", ".join([words, *(f"{sign} {schema[key]}" for key, sign in limits.items() if key in schema)])
+
+
+def markdown() -> str:
+    """Every parameter as a Markdown table: key, what is allowed, default, meaning."""
+    lines = ["| parameter | allowed | default | meaning |", "|---|---|---|---|"]
+
+    def rows(section: type[Section], prefix: str) -> None:
+        properties = section.model_json_schema()["properties"]
+        for key, field in section.model_fields.items():
+            annotation = Device if key == "devices" else field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, Section):
+                rows(annotation, f"{prefix}{key}.NAME." if key == "devices" else f"{prefix}{key}.")
+            else:
+                default = "" if field.is_required() else f"`{'null' if field.default is None else field.default}`"
+                lines.append(f"| `{prefix}{key}` | {_allowed(properties[key])} | {default} | {field.description or ''} |")
+
+    rows(Params, "")
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""The short table that ends `make repro`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import CoinferError
+from pipeline.files import read_json
+from pipeline.paths import DevicePaths
+
+MODES = ("split", "device_only", "edge_only")
+PLAIN_WIDTH = 100
+
+
+def print_report(device: str) -> None:
+    """Print what was chosen for `device` and what it costs beside device-only and edge-only, on the test images.
+
+    Times are the measured medians. A clone that pulled the results without measuring has none, and is shown the predicted ones.
+
+    Raises:
+        CoinferError: nothing has been evaluated yet.
+    """
+    paths = DevicePaths(device)
+    metrics = read_json(paths.metrics, "the evaluation")
+    timing = read_json(paths.timing, "the measured times") if paths.timing.exists() else None
+    if timing and timing.get("bundle_id") != metrics.get("bundle_id"):
+        timing = None
+    try:
+        table, times = _table(device, metrics, timing), _how_timed(device, metrics, timing)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CoinferError(
+            f"{paths.metrics} or {paths.timing} lacks {error}; run `dvc repro --force --single-item evaluate@{device}` to write them again."
+        ) from error
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PLAIN_WIDTH)
+    console.print(table)
+    console.print(times, soft_wrap=True)
+    console.print(f"bundle: {paths.bundle}", soft_wrap=True)
+    console.print("runs:   `make ui` opens them in MLflow", soft_wrap=True)
+
+
+def _table(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None) -> Table:
+    modes = [mode for mode in MODES if mode in metrics]
+    table = Table(title=f"{device}: {metrics['label']}", title_justify="left", title_style="bold")
+    table.add_column("per image")
+    for mode in modes:
+        chosen = " (chosen)" if mode == metrics["chosen"] else ""
+        table.add_column(f"{metrics[mode]['label']}{chosen}", justify="right")
+
+    def row(name: str, cell: Callable[[Mapping[str, Any]], str]) -> None:
+        table.add_row(name, *(cell(metrics[mode]) for mode in modes))
+
+    row("accuracy, %", lambda m: f"{100 * m['accuracy']:.2f}")
+    row("payload, bytes", lambda m: f"{m['payload_bits']['mean'] / 8:.1f}" if "payload_bits" in m else "-")
+    row("on the wire, bytes", lambda m: f"{m['wire_bytes']['mean']:.1f}" if "wire_bytes" in m else "-")
+    table.add_section()
+    for part in ("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "total_ms"):
+        if part == "total_ms":
+            table.add_section()
+        values = [timing["latency_ms"][mode][part]["median"] if timing else metrics[mode]["predicted_ms"][part] for mode in modes]
+        table.add_row(f"{part.removesuffix('_ms')}, ms", *(f"{value:.2f}" for value in values))
+    if timing:
+        row("predicted total, ms", lambda m: f"{m['predicted_ms']['total_ms']:.2f}")
+    return table
+
+
+def _how_timed(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None) -> str:
+    link = metrics["link"]
+    where = f"over {link['rate_mbps']:g} Mbit/s with {link['rtt_ms']:g} ms round trip, device slowed {metrics['slowdown']:g}x"
+    if timing is None:
+        return f"times:  predicted, {where}; `dvc repro --force --single-item evaluate@{device}` measures them here"
+    return f"times:  medians of {timing['images']} images {where}"

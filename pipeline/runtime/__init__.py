@@ -1,0 +1,1 @@
+"""What runs on a device and on an edge: numpy, onnxruntime and Pillow, never torch."""

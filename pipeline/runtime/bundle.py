@@ -1,0 +1,216 @@
+"""The unit of release: the ONNX halves, the codec tables and a manifest that knows every hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from pipeline.errors import BundleError
+from pipeline.files import atomic_directory
+from pipeline.runtime.coder import CodecTables
+from pipeline.runtime.frame import BUNDLE_ID_BYTES
+from pipeline.runtime.preprocess import Preprocessing
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+DEVICE = "device.onnx"  # float32 images -> uint8 symbols
+EDGE = "edge.onnx"  # uint8 symbols (edge-only: float32 images) -> logits
+DEVICE_ONLY = "device-only.onnx"  # float32 images -> logits
+CODEC = "codec.json"
+FILES = {"split": (DEVICE, EDGE, DEVICE_ONLY, CODEC), "edge-only": (EDGE, DEVICE_ONLY), "device-only": (DEVICE_ONLY,)}
+
+
+def open_session(model: Path | bytes, threads: int) -> ort.InferenceSession:
+    """An ONNX Runtime CPU session with `threads` intra-op threads, run node after node, silent below errors.
+
+    Idle threads do not spin: device and edge often share a machine, where spinning takes the other's core.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle folder; make one with `Bundle.load` or `write_bundle`."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> Bundle:
+        """Open the bundle in `path` after checking every byte of it.
+
+        Raises:
+            BundleError: a file is missing, altered, or belongs to another bundle; the message names it.
+        """
+        manifest = _read_manifest(path / MANIFEST)
+        for name, expected in manifest["sha256"].items():
+            try:
+                found = hashlib.sha256((path / name).read_bytes()).hexdigest()
+            except OSError as error:
+                raise BundleError(f"{path / name} cannot be read ({error.strerror}); the bundle is incomplete, export or fetch it again.") from error
+            if found != expected:
+                raise BundleError(
+                    f"{path / name} is not the file this bundle was written with; it is altered or from another bundle, export or fetch it again."
+                )
+        bundle = cls(path, manifest)
+        if bundle.kind == "split" and len(bundle.tables.freqs) != bundle.code_shape[0]:
+            raise BundleError(f"{path / CODEC} has {len(bundle.tables.freqs)} channels where {DEVICE} gives {bundle.code_shape[0]}; export the bundle again.")
+        return bundle
+
+    @property
+    def kind(self) -> str:
+        """`split`, `edge-only` or `device-only`."""
+        return str(self.manifest["kind"])
+
+    @property
+    def bundle_id(self) -> bytes:
+        """The 4 bytes every frame between this bundle's halves carries."""
+        return bytes.fromhex(self.manifest["bundle_id"])[:BUNDLE_ID_BYTES]
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.manifest["classes"])
+
+    @property
+    def quality(self) -> int:
+        """WebP quality an edge-only device sends at; 100 is lossless."""
+        return int(self.manifest["candidate"]["quality"])
+
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """Shape (h, H, W) of the symbols of one image."""
+        channels, height, width = self.manifest["shapes"][EDGE]["input"]
+        return channels, height, width
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing.from_dict(self.manifest["preprocessing"])
+
+    @cached_property
+    def tables(self) -> CodecTables:
+        return CodecTables.from_dict(json.loads((self.path / CODEC).read_text()))
+
+    def session(self, name: str, threads: int) -> ort.InferenceSession:
+        """An ONNX Runtime session of the file called `name`.
+
+        Raises:
+            BundleError: this kind of bundle has no such file.
+        """
+        if name not in self.manifest["sha256"]:
+            raise BundleError(f"{self.path} is an {self.kind} bundle and has no {name}; use a bundle of another kind.")
+        return open_session(self.path / name, threads)
+
+
+def write_bundle(
+    out: Path,
+    *,
+    kind: str,
+    candidate: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    files: Mapping[str, bytes],
+    tables: CodecTables | None,
+    extra: Mapping[str, Any],
+) -> Bundle:
+    """Write a bundle folder to `out`, whole or not at all, and load it back.
+
+    `files` holds the ONNX files of `kind` (`FILES`) by name, `extra` what else the manifest should say (cut, opset, versions), by key.
+
+    Raises:
+        BundleError: files or tables that do not make a bundle of this kind, or halves that do not fit each other.
+        CoinferError: `out` cannot be written.
+    """
+    contents = dict(files)
+    if tables is not None:
+        contents[CODEC] = _json(tables.to_dict())
+    if set(contents) != set(FILES[kind]):
+        raise BundleError(f"{out}: {_an(kind)} bundle holds {', '.join(FILES[kind])}, not {', '.join(sorted(contents)) or 'nothing'}; give exactly those.")
+    shapes = {name: _shapes(name, data) for name, data in sorted(files.items())}
+    _check_fit(out, shapes, preprocessing, len(classes), tables)
+    manifest: dict[str, Any] = {
+        **extra,
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "candidate": dict(candidate),
+        "plan": dict(plan),
+        "preprocessing": preprocessing.to_dict(),
+        "classes": list(classes),
+        "shapes": shapes,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())},
+    }
+    manifest["bundle_id"] = hashlib.sha256(_json(manifest)).hexdigest()
+    with atomic_directory(out) as folder:
+        for name, data in contents.items():
+            (folder / name).write_bytes(data)
+        (folder / MANIFEST).write_bytes(_json(manifest))
+    return Bundle.load(out)
+
+
+def _an(kind: str) -> str:
+    return f"{'an' if kind == 'edge-only' else 'a'} {kind}"
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}); point at a folder that `export` wrote, or export or fetch the bundle again.") from error
+    try:
+        manifest: dict[str, Any] = json.loads(data)
+        bundle_id = manifest["bundle_id"]
+        rest = {key: value for key, value in manifest.items() if key != "bundle_id"}
+        intact = data == _json(manifest) and hashlib.sha256(_json(rest)).hexdigest() == bundle_id
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise BundleError(f"{path} is not as it was written; export or fetch the bundle again.")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise BundleError(f"{path} is of schema {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; export the bundle again.")
+    if set(manifest["sha256"]) != set(FILES.get(manifest["kind"], ())):
+        raise BundleError(f"{path} lists other files than a {manifest['kind']} bundle has; export the bundle again.")
+    return manifest
+
+
+def _shapes(name: str, model: bytes) -> dict[str, list[Any]]:
+    """Shapes of a model's one input and one output, without the batch dimension."""
+    try:
+        session = open_session(model, 1)
+    except Exception as error:  # ONNX Runtime raises its own unrelated classes
+        raise BundleError(f"{name} cannot be run by ONNX Runtime ({str(error).splitlines()[0]}); export it again.") from error
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise BundleError(f"{name} has {len(inputs)} inputs and {len(outputs)} outputs; a half has one of each.")
+    return {"input": list(inputs[0].shape[1:]), "output": list(outputs[0].shape[1:])}
+
+
+def _check_fit(out: Path, shapes: Mapping[str, Mapping[str, list[Any]]], preprocessing: Preprocessing, classes: int, tables: CodecTables | None) -> None:
+    image = [3, preprocessing.image_size, preprocessing.image_size]
+    takes = {name: shape["input"] for name, shape in shapes.items()}
+    gives = {name: shape["output"] for name, shape in shapes.items()}
+    code = gives.get(DEVICE, image)
+    if tables is not None and (len(code) != 3 or code[0] != len(tables.freqs)):
+        raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {len(tables.freqs)} channels; build the tables from its symbols.")
+    expected = {DEVICE: (image, code), EDGE: (code, [classes]), DEVICE_ONLY: (image, [classes])}
+    for name in shapes:
+        if (takes[name], gives[name]) != expected[name]:
+            raise BundleError(
+                f"{out}: {name} maps {takes[name]} to {gives[name]} where the bundle needs {expected[name][0]} to {expected[name][1]}; export it again."
+            )

@@ -1,0 +1,181 @@
+"""The device half: an image in, a frame out, and the answer that comes back."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.costs.link import wire_bytes
+from pipeline.errors import DataError, FrameError
+from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, Bundle
+from pipeline.runtime.coder import encode
+from pipeline.runtime.edge import REPLY_TIMES
+from pipeline.runtime.frame import Kind, pack, unpack
+from pipeline.runtime.timing import Stopwatch
+from pipeline.runtime.transport import EdgeUnreachable, Transport
+
+PARTS = ("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "total_ms")
+LOSSLESS = 100
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+Picture = Image.Image | NDArray[np.uint8]
+
+
+def encode_webp(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    """uint8 (3, S, S) as a WebP file; quality 100 is lossless."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "WEBP", quality=quality, lossless=quality == LOSSLESS, exact=True, method=4)
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Logits float32 (classes,), milliseconds by `PARTS`, size of the frame sent (0: none) and the way taken."""
+
+    logits: NDArray[np.float32]
+    parts: dict[str, float]
+    frame_bytes: int
+    path: str  # the bundle's kind, or device-only where the device answered alone
+
+
+class DeviceHalf:
+    """Runs what a bundle puts on the device. `slowdown` emulates a device that many times slower (METHODS 1)."""
+
+    def __init__(self, bundle: Bundle, threads: int = 1, slowdown: float = 1.0) -> None:
+        self._bundle = bundle
+        self._threads = threads
+        self._slowdown = slowdown
+        self._half: ort.InferenceSession | None = bundle.session(DEVICE, threads) if bundle.kind == "split" else None
+        self._whole: ort.InferenceSession | None = None
+        if bundle.kind == "split":
+            _ = bundle.tables.slot_array  # derived here, not while the first image waits
+        elif bundle.kind == "device-only":
+            self._whole = bundle.session(DEVICE_ONLY, threads)
+
+    def run(self, picture: Picture) -> tuple[bytes, dict[str, float]]:
+        """The frame to send for one picture (a PIL image, or uint8 (3, S, S) as preprocessing gives), and {"device_ms", "encode_ms"}.
+
+        Raises:
+            BundleError: a device-only bundle sends nothing.
+            DataError: the picture is unreadable or of another shape.
+        """
+        watch = Stopwatch(self._slowdown)
+        pixels = self._pixels(picture, watch)
+        if self._bundle.kind == "edge-only":
+            with watch.part("encode_ms"):
+                frame = pack(encode_webp(pixels, self._bundle.quality), self._bundle.bundle_id, Kind.IMAGE)
+            return frame, watch.parts
+        half = self._half or self._bundle.session(DEVICE, self._threads)  # the latter says which kind lacks it
+        symbols = self._infer(half, pixels, watch)
+        with watch.part("encode_ms"):
+            frame = pack(encode(symbols, self._bundle.tables), self._bundle.bundle_id, Kind.SYMBOLS)
+        return frame, watch.parts
+
+    def classify(self, picture: Picture, transport: Transport) -> Answer:
+        """Send the frame of one picture through `transport` and open the reply; link_ms is what neither half accounts for.
+
+        Raises:
+            EdgeUnreachable: nobody answers.
+            FrameError: the edge refused the frame, or its reply is damaged or from another bundle.
+        """
+        frame, parts = self.run(picture)
+        watch = Stopwatch()
+        with watch.part("round_trip"):
+            reply = unpack(transport.request(frame))
+        if reply.kind is Kind.ERROR:
+            raise FrameError(f"the edge refused: {reply.payload.decode(errors='replace')}")
+        if reply.kind is not Kind.REPLY or reply.bundle_id != self._bundle.bundle_id:
+            raise FrameError(f"the edge answered with {reply.kind.name} of bundle {reply.bundle_id.hex()}; give device and edge the same bundle.")
+        if len(reply.payload) != REPLY_TIMES.size + 4 * len(self._bundle.classes):
+            raise FrameError(f"the edge's reply has {len(reply.payload)} bytes, not the logits of {len(self._bundle.classes)} classes; check its version.")
+        parts["decode_ms"], parts["edge_ms"] = REPLY_TIMES.unpack_from(reply.payload)
+        parts["link_ms"] = max(0.0, watch.parts["round_trip"] - parts["decode_ms"] - parts["edge_ms"])
+        logits = np.frombuffer(reply.payload, dtype="<f4", offset=REPLY_TIMES.size).astype(np.float32)
+        return Answer(logits, _complete(parts), len(frame), self._bundle.kind)
+
+    def classify_locally(self, picture: Picture) -> Answer:
+        """Classify one picture with device-only.onnx alone.
+
+        Raises:
+            DataError: the picture is unreadable or of another shape.
+        """
+        if self._whole is None:
+            self._whole = self._bundle.session(DEVICE_ONLY, self._threads)
+        watch = Stopwatch(self._slowdown)
+        logits = self._infer(self._whole, self._pixels(picture, watch), watch)
+        return Answer(logits, _complete(watch.parts), 0, "device-only")
+
+    def _pixels(self, picture: Picture, watch: Stopwatch) -> NDArray[np.uint8]:
+        size = self._bundle.preprocessing.image_size
+        with watch.part("device_ms"):
+            try:
+                pixels = picture if isinstance(picture, np.ndarray) else self._bundle.preprocessing.pixels(picture)
+            except Exception as error:  # Pillow decodes here and raises many unrelated kinds
+                raise DataError(f"image cannot be decoded ({error}); replace it.") from error
+        if pixels.shape != (3, size, size) or pixels.dtype != np.uint8:
+            raise DataError(f"pixels are {pixels.dtype} {pixels.shape} where the bundle takes uint8 (3, {size}, {size}); preprocess them with its rule.")
+        return pixels
+
+    def _infer(self, session: ort.InferenceSession, pixels: NDArray[np.uint8], watch: Stopwatch) -> Any:
+        with watch.part("device_ms"):
+            tensor = self._bundle.preprocessing.tensor(pixels[None])
+        with watch.part("device_ms"):
+            return session.run(None, {session.get_inputs()[0].name: tensor})[0][0]
+
+
+def classify_directory(bundle: Bundle, edge: Transport | None, paths: Iterable[Path], threads: int = 1, slowdown: float = 1.0) -> Iterator[dict[str, Any]]:
+    """One JSON record per image in `paths` (files, or folders searched for images in name order).
+
+    A record holds file, label, probability, ms by part, frame_bytes, wire_bytes and the path taken. Without an edge, or where it does not
+    answer, the device classifies alone (`edge_error` says why); an unreadable image gives file and error, and the next one follows.
+
+    Raises:
+        DataError: a path does not exist.
+        FrameError: the edge runs another bundle.
+    """
+    device = DeviceHalf(bundle, threads, slowdown)
+    for path in _image_files(paths):
+        record: dict[str, Any] = {"file": str(path)}
+        try:
+            with Image.open(path) as image:
+                answer = _classify(device, edge if bundle.kind != "device-only" else None, image, record)
+        except (OSError, DataError, Image.DecompressionBombError) as error:
+            yield {"file": str(path), "error": f"{path} cannot be read as an image ({error}); replace or remove it."}
+            continue
+        exponentials = np.exp(answer.logits - answer.logits.max())
+        best = int(answer.logits.argmax())
+        record |= {"label": bundle.classes[best], "probability": round(float(exponentials[best] / exponentials.sum()), 6)}
+        record |= {name: round(ms, 3) for name, ms in answer.parts.items()}
+        yield record | {"frame_bytes": answer.frame_bytes, "wire_bytes": wire_bytes(answer.frame_bytes), "path": answer.path}
+
+
+def _classify(device: DeviceHalf, edge: Transport | None, image: Image.Image, record: dict[str, Any]) -> Answer:
+    if edge is not None:
+        try:
+            return device.classify(image, edge)
+        except EdgeUnreachable as error:
+            record["edge_error"] = str(error)
+    return device.classify_locally(image)
+
+
+def _complete(parts: dict[str, float]) -> dict[str, float]:
+    parts = {name: parts.get(name, 0.0) for name in PARTS[:-1]}
+    return parts | {"total_ms": sum(parts.values())}
+
+
+def _image_files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.exists():
+            yield path
+        else:
+            raise DataError(f"{path} does not exist; give image files or folders of them.")

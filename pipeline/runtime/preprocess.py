@@ -1,0 +1,70 @@
+"""From an image to the network's input by one written rule, the same in training and on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.errors import BundleError
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """RGB, shorter side to `image_size` (Pillow bilinear, antialiased), centre crop, then (x/255 - mean)/std per channel."""
+
+    image_size: int
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """The upright RGB square of `image`: uint8 (3, S, S). EXIF orientation is honoured; an S x S image is untouched.
+
+        Raises:
+            OSError: Pillow cannot decode the image (it decodes lazily).
+        """
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        size = self.image_size
+        width, height = upright.size
+        if (width, height) != (size, size):
+            short = min(width, height)
+            width, height = ((2 * side * size + short) // (2 * short) for side in (width, height))
+            left, top = (width - size) // 2, (height - size) // 2
+            upright = upright.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+        return np.ascontiguousarray(np.asarray(upright, dtype=np.uint8).transpose(2, 0, 1))
+
+    def tensor(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (N, 3, S, S) to the float32 (N, 3, S, S) a network takes: divide by 255, subtract mean, divide by std, each in float32."""
+        mean = np.array(self.mean, dtype=np.float32).reshape(3, 1, 1)
+        std = np.array(self.std, dtype=np.float32).reshape(3, 1, 1)
+        scaled = pixels.astype(np.float32)
+        scaled /= np.float32(255)
+        scaled -= mean
+        scaled /= std
+        return scaled
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std), "colour_order": "RGB", "resize": "shorter side, bilinear", "crop": "centre"}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            BundleError: a key is missing, of the wrong kind or out of range.
+        """
+        try:
+            mean, std = (tuple(float(value) for value in fields[key]) for key in ("mean", "std"))
+            size = int(fields["image_size"])
+            if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or size < 1:
+                raise ValueError("mean and std are three numbers, std and image_size positive")
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"preprocessing {dict(fields)} cannot be used ({error!r}); export the bundle again.") from error
+        return cls(size, mean, std)

@@ -1,0 +1,1 @@
+"""Candidates, their evaluation and the searchers that propose them."""

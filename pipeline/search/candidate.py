@@ -1,0 +1,123 @@
+"""One point of the search space (where to cut, how much to prune, how to code what crosses) and what was measured of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipeline.errors import ParamsError
+
+INPUT = "input"
+OUTPUT = "output"
+LOSSLESS = 100
+
+Kind = Literal["split", "edge-only", "device-only"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run the classifier across device and edge.
+
+    `cut` names a `CutPoint`; `input` sends the image itself as WebP at `quality` (100 = lossless), `output` sends nothing.
+    `keep` pairs device blocks with the kept fraction of their prunable channels; a block kept whole is left out, so equal candidates compare equal.
+
+    Raises:
+        ParamsError: a combination that cannot run, named.
+    """
+
+    cut: str
+    keep: tuple[tuple[str, float], ...] = ()
+    code_channels: int | None = None
+    stride: int | None = None
+    bits: int | None = None
+    quality: int | None = None
+
+    def __post_init__(self) -> None:
+        coded = (self.code_channels, self.stride, self.bits)
+        if self.kind == "split":
+            if any(value is None for value in coded) or self.quality is not None:
+                raise ParamsError(f"candidate at cut {self.cut}: a split needs code_channels, stride and bits and takes no quality.")
+            assert self.bits is not None
+            assert self.stride is not None
+            assert self.code_channels is not None
+            if not 1 <= self.bits <= 8:
+                raise ParamsError(f"candidate at cut {self.cut}: bits is {self.bits}; choose 1 to 8.")
+            if self.stride not in (1, 2, 4, 8):
+                raise ParamsError(f"candidate at cut {self.cut}: stride is {self.stride}; choose 1, 2, 4 or 8.")
+            if self.code_channels < 1:
+                raise ParamsError(f"candidate at cut {self.cut}: code_channels is {self.code_channels}; choose 1 or more.")
+        elif any(value is not None for value in coded):
+            raise ParamsError(f"candidate at cut {self.cut}: only a split has code_channels, stride and bits.")
+        if self.kind == "edge-only" and not (self.quality is not None and 1 <= self.quality <= LOSSLESS):
+            raise ParamsError(f"candidate at cut input: quality is {self.quality}; choose 1 to 99, or 100 for lossless WebP.")
+        if self.kind == "device-only" and self.quality is not None:
+            raise ParamsError("candidate at cut output: nothing is sent, so there is no quality to choose.")
+        if self.kind == "edge-only" and self.keep:
+            raise ParamsError("candidate at cut input: there is no device half to prune.")
+        for block, ratio in self.keep:
+            if not 0 < ratio <= 1:
+                raise ParamsError(f"candidate at cut {self.cut}: keep ratio of {block} is {ratio}; choose a fraction above 0 and at most 1.")
+        if len(dict(self.keep)) < len(self.keep):
+            raise ParamsError(f"candidate at cut {self.cut}: a block has two keep ratios; give one.")
+        object.__setattr__(self, "keep", tuple(sorted((block, ratio) for block, ratio in self.keep if ratio < 1)))
+
+    @property
+    def kind(self) -> Kind:
+        return "edge-only" if self.cut == INPUT else "device-only" if self.cut == OUTPUT else "split"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**{key: value for key, value in asdict(self).items() if key != "keep"}, "keep": dict(self.keep)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Candidate:
+        """The candidate that `to_dict` wrote.
+
+        Raises:
+            ParamsError: a key or value that is no candidate's.
+        """
+        try:
+            return cls(**{**fields, "keep": tuple(dict(fields.get("keep") or {}).items())})
+        except (TypeError, ValueError) as error:
+            raise ParamsError(f"candidate {dict(fields)}: {error}.") from error
+
+    def label(self) -> str:
+        """A short name a person can read."""
+        if self.kind == "device-only":
+            return "device-only"
+        if self.kind == "edge-only":
+            return "WebP lossless" if self.quality == LOSSLESS else f"WebP q{self.quality}"
+        pruned = f" keep {sum(r for _, r in self.keep) / len(self.keep):.2f}" if self.keep else ""
+        return f"{self.cut} {self.code_channels}ch /{self.stride} {self.bits}bit{pruned}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a candidate costs and how well it classifies; every number is over the validation split or predicted from the profiles.
+
+    `accuracy` is top-1 in [0, 1]. Sizes are means per image (METHODS 1): coded payload, frame, and bytes on the wire.
+    Times are predicted (METHODS 4); `link_ms` holds the round trip and the reply. MACs, parameters and memory are the device's,
+    memory being fp32 weights plus the largest activation, in MB (1e6 bytes).
+    """
+
+    accuracy: float
+    device_ms: float
+    encode_ms: float
+    link_ms: float
+    decode_ms: float
+    edge_ms: float
+    total_ms: float
+    payload_bits: float
+    frame_bytes: float
+    wire_bytes: float
+    energy_mj: float
+    device_macs: int
+    device_params: int
+    device_memory_mb: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

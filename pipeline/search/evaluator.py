@@ -1,0 +1,333 @@
+"""What a candidate is worth: a short real training, a real validation pass through integer symbols and coder, predicted costs."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.codec import FeatureCodec
+from models.coinference import CoInference, build_split
+from models.cutting import CutPoint, count_macs, split
+from models.pruning import ChannelPlan, prune_head
+from pipeline.costs.device_profile import DeviceProfile
+from pipeline.costs.energy import RASPBERRY_PI_4, energy_mj
+from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict
+from pipeline.costs.link import Link, wire_bytes
+from pipeline.data import EVALUATION_BATCH, Split, normalise
+from pipeline.errors import ModelError
+from pipeline.params import Search
+from pipeline.runtime import coder
+from pipeline.runtime.device import encode_webp
+from pipeline.runtime.frame import OVERHEAD_BYTES
+from pipeline.runtime.preprocess import Preprocessing
+from pipeline.search.candidate import Candidate
+from pipeline.search.candidate import Measurement as Measurement
+from pipeline.search.optuna import Space
+
+TEMPERATURE = 2.0
+FEATURE_WEIGHT = 1.0
+# The backbone is trained already and only adapts; the codec starts from nothing.
+BACKBONE_RATE = 0.1
+CODED_IMAGES = 512  # what tables are built from, and how many validation images are coded: means do not change beyond
+FEATURE_CACHE_BYTES = 1 << 30
+REPLY_TIMES = 2  # a reply holds the edge's two times beside the logits, all float32
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Where a candidate would run: the two profiles, the backbone's key in them, and the link."""
+
+    backbone_key: str
+    device: DeviceProfile
+    edge: DeviceProfile
+    link: Link
+
+
+def layers_up_to(cuts: Sequence[CutPoint], cut: str) -> dict[str, tuple[str, ...]]:
+    """Block -> its layers, for the blocks on the device side of `cut`, in order: what `prune_head` takes."""
+    names = [point.name for point in cuts]
+    return {point.name: point.layers for point in cuts[1 : names.index(cut) + 1]}
+
+
+def prune(backbone: nn.Module, example: Tensor, cuts: Sequence[CutPoint], candidate: Candidate, channel_block: int) -> tuple[nn.Module, ChannelPlan]:
+    """The pruned device half of `candidate` and its plan; `example` is one image (1, 3, S, S). The backbone is left alone.
+
+    Raises:
+        ModelError: a block the half does not have, or a layer left without channels.
+    """
+    head, _ = split(backbone, example, candidate.cut)
+    return prune_head(head, example, dict(candidate.keep), layers_up_to(cuts, candidate.cut), channel_block)
+
+
+class Evaluator:
+    """Measures candidates of one backbone on one deployment; every trial starts from the trained backbone and a fresh codec (METHODS 5).
+
+    `train` and `validation` are (images uint8 (N, 3, S, S), labels int64 (N,)); of `train` a seeded subset of `settings.train_images` is used.
+    `backbone` is the teacher; it is put into eval mode and not changed otherwise.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, cuts: Sequence[CutPoint], train: Split, validation: Split, settings: Search, deployment: Deployment, seed: int
+    ) -> None:
+        self.backbone = backbone.eval().to(memory_format=torch.channels_last)
+        self.cuts, self.validation, self.settings, self.deployment = cuts, validation, settings, deployment
+        chosen = np.random.default_rng(seed).permutation(len(train[1]))[: settings.train_images]
+        self.images, self.labels = (tensor[torch.from_numpy(chosen)] for tensor in train)
+        self.example = torch.zeros(1, 3, *validation[0].shape[2:])
+        self._teacher_logits = _batched(self.backbone, self.images)
+        self._features: dict[str, Tensor] = {}
+        self._keep: dict[str, dict[str, tuple[float, ...]]] = {}
+        self._whole_macs = count_macs(self.backbone, self.example)
+        self.reference_accuracy = self._accuracy(self.backbone)
+
+    def space(self) -> Space:
+        """The candidates that can run: legal codecs for every cut, legal keep ratios for every block with channels to prune."""
+        codes = {}
+        for point in self.cuts[1:-1]:
+            channels = [width for width in self.settings.code_channels if _codec_fits(point.shape, width, 1)]
+            strides = [stride for stride in self.settings.strides if _codec_fits(point.shape, 1, stride)]
+            if channels and strides:
+                codes[point.name] = (channels, strides)
+        return Space(codes, self.settings.bits, self.settings.webp_qualities, self.legal_keep)
+
+    def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
+        """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""
+        if cut not in self._keep:
+            head, _ = split(self.backbone, self.example, cut)
+            layers = layers_up_to(self.cuts, cut)
+            ratios = [ratio for ratio in sorted(self.settings.keep) if ratio < 1]
+            # What the smallest legal ratio leaves standing, a larger one does too, so the search for it is all that costs.
+            smallest = {block: next((ratio for ratio in ratios if self._narrows(head, block, ratio, layers)), 1.0) for block in layers}
+            self._keep[cut] = {block: (*(r for r in ratios if r >= least), 1.0) for block, least in smallest.items() if least < 1}
+        return self._keep[cut]
+
+    def _narrows(self, head: nn.Module, block: str, ratio: float, layers: Mapping[str, Sequence[str]]) -> bool:
+        try:
+            return bool(prune_head(head, self.example, {block: ratio}, layers, self.deployment.device.channel_block)[1].kept)
+        except ModelError:
+            return False
+
+    def measure(self, candidate: Candidate, trial_seed: int) -> Measurement:
+        """Accuracy, sizes and costs of `candidate`: a pure function of it and `trial_seed`.
+
+        Raises:
+            ModelError: the candidate prunes a layer to nothing, or its codec does not fit the cut.
+            ProfileError: a profile lacks the backbone or a block.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(trial_seed)
+            if candidate.quality is not None:
+                return self._measure_edge_only(candidate, candidate.quality)
+            if candidate.kind == "device-only":
+                return self._measure_device_only(candidate, trial_seed)
+            return self._measure_split(candidate, trial_seed)
+
+    def _measure_edge_only(self, candidate: Candidate, quality: int) -> Measurement:
+        images, _ = self.validation
+        files = [encode_webp(image.numpy(), quality) for image in images]
+        preprocessing = Preprocessing(images.shape[-1])
+        received = torch.from_numpy(np.stack([preprocessing.pixels(Image.open(io.BytesIO(file))) for file in files]))
+        costs = self._half_costs(candidate, {}, quality=quality)
+        return self._measurement(costs, self._accuracy(self.backbone, received), [len(file) for file in files], 0, 4 * images[0].numel())
+
+    def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
+        network, _ = prune(self.backbone, self.example, self.cuts, candidate, self.deployment.device.channel_block)
+        if candidate.keep:
+            self._train(network, None, trial_seed)
+        costs = self._half_costs(candidate, self._block_macs(network, candidate.cut))
+        return self._measurement(costs, self._accuracy(network), [], _parameters(network), _memory_bytes(network, self.example))
+
+    def _measure_split(self, candidate: Candidate, trial_seed: int) -> Measurement:
+        assert candidate.code_channels is not None
+        assert candidate.stride is not None
+        assert candidate.bits is not None
+        _, plan = prune(self.backbone, self.example, self.cuts, candidate, self.deployment.device.channel_block)
+        network = build_split(self.backbone, self.example, candidate.cut, candidate.code_channels, candidate.stride, candidate.bits, plan)
+        self._train(network, candidate.cut, trial_seed)
+        network.eval()
+        on_device, on_edge = network.device_half(), network.edge_half()
+
+        images, labels = self.validation
+        right = 0
+        coded: list[NDArray[np.uint8]] = []
+        for part, truth in zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True):
+            with torch.no_grad():
+                symbols = on_device(normalise(part))
+                right += int((on_edge(symbols).argmax(1) == truth).sum())
+            coded.extend(symbols.numpy()[: max(0, CODED_IMAGES - len(coded))])
+        tables = coder.build_tables(_batched(on_device, self.images[:CODED_IMAGES]).numpy(), candidate.bits)
+        payloads = [len(coder.encode(symbols, tables)) for symbols in coded]
+
+        point = next(point for point in self.cuts if point.name == candidate.cut)
+        feature, code = torch.zeros(1, *point.shape), torch.from_numpy(coded[0][None])
+        costs = self._half_costs(
+            candidate,
+            self._block_macs(network.head, candidate.cut),
+            encoder_macs=sum(count_macs(nn.Sequential(network.codec.encode, network.codec.quantise), feature).values()),
+            decoder_macs=sum(count_macs(nn.Sequential(network.codec.dequantise, network.codec.decode), code).values()),
+            symbols=code.numel(),
+        )
+        return self._measurement(costs, right / len(labels), payloads, _parameters(on_device), _memory_bytes(on_device, self.example))
+
+    def _half_costs(
+        self,
+        candidate: Candidate,
+        block_macs: Mapping[str, float],
+        *,
+        encoder_macs: float = 0,
+        decoder_macs: float = 0,
+        symbols: int = 0,
+        quality: int | None = None,
+    ) -> Callable[[float], HalfCosts]:
+        """All that latency needs but the mean frame size, which is still to come."""
+        classes = self._teacher_logits.shape[1]
+
+        def with_frame(frame_bytes: float) -> HalfCosts:
+            return HalfCosts(
+                kind=candidate.kind,
+                backbone_key=self.deployment.backbone_key,
+                cut=candidate.cut,
+                block_macs=block_macs,
+                encoder_macs=encoder_macs,
+                decoder_macs=decoder_macs,
+                symbols=symbols,
+                frame_bytes=frame_bytes,
+                quality=quality,
+                reply_bytes=OVERHEAD_BYTES + 4 * (REPLY_TIMES + classes),
+            )
+
+        return with_frame
+
+    def _measurement(
+        self, costs_of: Callable[[float], HalfCosts], accuracy: float, payload_sizes: Sequence[int], device_params: int, memory_bytes: int
+    ) -> Measurement:
+        frames = [size + OVERHEAD_BYTES for size in payload_sizes]
+        frame_bytes = float(np.mean(frames)) if frames else 0.0
+        costs = costs_of(frame_bytes)
+        parts = predict(costs, self.deployment.device, self.deployment.edge, self.deployment.link)
+        return Measurement(
+            accuracy=accuracy,
+            **parts,
+            payload_bits=8 * float(np.mean(payload_sizes)) if frames else 0.0,
+            frame_bytes=frame_bytes,
+            wire_bytes=float(np.mean([wire_bytes(frame) for frame in frames])) if frames else 0.0,
+            energy_mj=energy_mj(parts, RASPBERRY_PI_4, self.deployment.link.transmit_ms(mean_wire_bytes(frame_bytes)) if frames else 0.0),
+            device_macs=int(sum(costs.block_macs.values()) + costs.encoder_macs),
+            device_params=device_params,
+            device_memory_mb=memory_bytes / 1e6,
+        )
+
+    def _accuracy(self, network: nn.Module, images: Tensor | None = None) -> float:
+        logits = _batched(network.eval(), self.validation[0] if images is None else images)
+        return int((logits.argmax(1) == self.validation[1]).sum()) / len(self.validation[1])
+
+    def _block_macs(self, network: nn.Module, cut: str) -> dict[str, float]:
+        """MACs of each device block: what it had, less what its layers lost. (Products outside layers, as in attention, are not pruned.)"""
+        now, whole = count_macs(network, self.example), self._whole_macs
+        full = {after.name: after.macs - before.macs for before, after in itertools.pairwise(self.cuts)}
+
+        def lost(layer: str) -> int:
+            return sum(macs - now.get(name, 0) for name, macs in whole.items() if name == layer or name.startswith(f"{layer}."))
+
+        return {block: float(full[block] - sum(map(lost, layers))) for block, layers in layers_up_to(self.cuts, cut).items()}
+
+    def _train(self, network: nn.Module, cut: str | None, trial_seed: int) -> None:
+        """A few one-cycle steps of Adam on cross-entropy, the teacher's logits and, for a split, its feature at the cut (METHODS 3)."""
+        network.train().to(memory_format=torch.channels_last)
+        codec = list(network.codec.parameters()) if isinstance(network, CoInference) else []
+        own = {id(parameter) for parameter in codec}
+        rates = [self.settings.learning_rate, self.settings.learning_rate * BACKBONE_RATE]
+        groups = [(group, rate) for group, rate in zip((codec, [p for p in network.parameters() if id(p) not in own]), rates, strict=True) if group]
+        optimiser = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups])
+        steps = self.settings.codec_steps
+        # One-cycle divides by what lies between its phases, which very few steps leave empty.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [rate for _, rate in groups], total_steps=max(steps, 10))
+        for chosen in itertools.islice(self._batches(trial_seed), steps):
+            images, labels = normalise(self.images[chosen]), self.labels[chosen]
+            if isinstance(network, CoInference):
+                assert cut is not None
+                _, decoded, logits = network.features(images)
+                feature = self._teacher_feature(cut, chosen)
+                loss = FEATURE_WEIGHT * F.mse_loss(decoded, feature) / feature.square().mean().clamp_min(1e-6)
+            else:
+                logits = network(images)
+                loss = torch.zeros(())
+            loss = loss + F.cross_entropy(logits, labels) + _distillation(logits, self._teacher_logits[chosen])
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+            schedule.step()
+        network.eval()
+
+    def _batches(self, trial_seed: int) -> Iterator[Tensor]:
+        """Indices into the subset, epoch after epoch in a fresh order."""
+        rng = np.random.default_rng(trial_seed)
+        size = min(self.settings.batch_size, len(self.labels))
+        while True:
+            order = torch.from_numpy(rng.permutation(len(self.labels)))
+            yield from torch.split(order[: len(order) // size * size], size)
+
+    def _teacher_feature(self, cut: str, chosen: Tensor) -> Tensor:
+        """The unsplit backbone's feature at `cut` for `chosen` images of the subset; kept from trial to trial while memory allows."""
+        point = next(point for point in self.cuts if point.name == cut)
+        needed = 4 * point.elements * len(self.labels)
+        if cut not in self._features:
+            head, _ = split(self.backbone, self.example, cut)
+            if needed > FEATURE_CACHE_BYTES:
+                with torch.no_grad():
+                    return head(normalise(self.images[chosen]))
+            while self._features and sum(feature.nbytes for feature in self._features.values()) + needed > FEATURE_CACHE_BYTES:
+                self._features.pop(next(iter(self._features)))
+            self._features[cut] = _batched(head, self.images)
+        return self._features[cut][chosen]
+
+
+def _codec_fits(shape: tuple[int, ...], code_channels: int, stride: int) -> bool:
+    try:
+        FeatureCodec(shape[0], code_channels, stride, 1, (shape[1], shape[2]) if len(shape) == 3 else None).code_shape(shape)
+    except ModelError:
+        return False
+    return True
+
+
+def _distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    student, wanted = (F.log_softmax(values / TEMPERATURE, dim=1) for values in (logits, teacher))
+    return TEMPERATURE**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def _batched(network: nn.Module, images: Tensor) -> Tensor:
+    """What `network` makes of `images` uint8 (N, 3, S, S)."""
+    return torch.cat([network(normalise(part)) for part in torch.split(images, EVALUATION_BATCH)])
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@torch.no_grad()
+def _memory_bytes(network: nn.Module, example: Tensor) -> int:
+    """fp32 weights and the largest tensor that enters or leaves a layer, for one image."""
+    largest = 0
+
+    def see(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        nonlocal largest
+        largest = max([largest, *(tensor.numel() for tensor in (*inputs, output) if isinstance(tensor, Tensor))])
+
+    leaves = [module for module in network.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(see) for module in leaves]
+    try:
+        network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 4 * (_parameters(network) + largest)

@@ -1,0 +1,1 @@
+"""Pipeline stages: each a pure `run(...)` that the command line and tests call."""

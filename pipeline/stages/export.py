@@ -1,0 +1,140 @@
+"""export: the trained network as a bundle of ONNX halves, coder tables and manifest, if it passes the parity gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.backbones import build_backbone
+from models.coinference import CoInference, build_split
+from models.cutting import split
+from models.pruning import ChannelPlan, rebuild
+from pipeline.data import load_card, load_split
+from pipeline.errors import Interrupted, ModelError
+from pipeline.files import atomic_write_json, read_json
+from pipeline.onnx_export import OPSET, export_onnx
+from pipeline.params import Params
+from pipeline.parity import check_split, check_whole
+from pipeline.paths import DATA_CARD, DevicePaths
+from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, Bundle, open_session, write_bundle
+from pipeline.runtime.coder import CodecTables, build_tables
+from pipeline.runtime.preprocess import Preprocessing
+from pipeline.search.candidate import Candidate
+
+if TYPE_CHECKING:
+    from pipeline.tracking import Tracker
+
+TABLE_IMAGES = 10_000  # enough for the statistics of a channel; evenly spread over larger training sets
+BATCH = 256
+
+
+def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
+    """Write artifacts/DEVICE/bundle and parity.json, and return what parity.json holds.
+
+    device-only.onnx is the reference network, except in the bundle of a chosen (pruned) device-only candidate, which holds that one.
+
+    Raises:
+        ParityError: the exported halves do not compute what was trained; then no bundle is written.
+        CoinferError: an input is missing or does not fit, or the bundle cannot be written.
+        Interrupted: Ctrl-C; nothing is written.
+    """
+    try:
+        return _export(params, DevicePaths(device), tracker)
+    except KeyboardInterrupt:
+        raise Interrupted(f"export {device} was interrupted; nothing is kept, `dvc repro` starts it over.") from None
+
+
+def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, Any]:
+    torch.set_num_threads(params.run.threads)
+    spec = read_json(paths.split_spec, "the fine-tuned split")
+    candidate, plan = Candidate.from_dict(spec["candidate"]), ChannelPlan.from_dict(spec["plan"])
+    card, (validation, _) = load_card(), load_split("validation")
+    preprocessing, example = Preprocessing(card.image_size), torch.zeros(2, 3, card.image_size, card.image_size)
+    backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size)
+
+    tables: CodecTables | None = None
+    files: dict[str, bytes] = {}
+    parity: dict[str, dict[str, float]] = {}
+    if candidate.kind == "split":
+        channels, stride, bits = candidate.code_channels, candidate.stride, candidate.bits
+        assert channels
+        assert stride
+        assert bits
+        network = build_split(backbone, example, candidate.cut, channels, stride, bits, plan)
+        _load(network, paths.split_weights)
+        files = _halves(network, example)
+        tables = build_tables(_symbols(files[DEVICE], preprocessing), bits)
+        parity["split"] = check_split(network, files[DEVICE], files[EDGE], tables, preprocessing, validation)
+    whole = rebuild(split(backbone, example, candidate.cut)[0], plan) if candidate.kind == "device-only" and plan.kept else backbone
+    _load(whole, paths.split_weights if candidate.kind == "device-only" else paths.reference_weights)
+    files[DEVICE_ONLY] = export_onnx(whole, example, input_name="image", output_name="logits")
+    parity["device_only"] = check_whole(whole, files[DEVICE_ONLY], DEVICE_ONLY, preprocessing, validation)
+    if candidate.kind == "edge-only":
+        files[EDGE] = files[DEVICE_ONLY]
+
+    result = {"images": len(validation), **parity}
+    bundle = write_bundle(
+        paths.bundle,
+        kind=candidate.kind,
+        candidate=candidate.to_dict(),
+        plan=plan.to_dict(),
+        preprocessing=preprocessing,
+        classes=read_json(DATA_CARD, "the data card")["classes"],
+        files=files,
+        tables=tables,
+        extra={
+            "opset": OPSET,
+            "params": {"run": params.run.model_dump(), "image_size": card.image_size, "backbone": params.backbone.name},
+            "data_sha256": card.sha256,
+            "reference": spec["reference"],
+        },
+    )
+    atomic_write_json(paths.parity, result)
+    _track(tracker, bundle, tables, preprocessing.tensor(validation[:1].numpy()))
+    tracker.log_metrics({f"parity_{name}.{key}": value for name, numbers in parity.items() for key, value in numbers.items()})
+    tracker.log_file(paths.parity)
+    return result
+
+
+def _load(network: nn.Module, path: Path) -> None:
+    """Load weights that `finetune` wrote into `network` and put it in evaluation mode."""
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"weights {path} are missing or do not fit the candidate ({str(error).splitlines()[0]}); run `dvc repro` to make them.") from error
+    network.eval()
+
+
+def _halves(network: CoInference, example: Tensor) -> dict[str, bytes]:
+    device = network.device_half().eval()
+    with torch.no_grad():
+        symbols = device(example)
+    return {
+        DEVICE: export_onnx(device, example, input_name="image", output_name="symbols"),
+        EDGE: export_onnx(network.edge_half(), symbols, input_name="symbols", output_name="logits"),
+    }
+
+
+def _symbols(model: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Symbols uint8 (N, h, H, W) of the training images through the exported device half."""
+    images, _ = load_split("train")
+    images = images[:: -(-len(images) // TABLE_IMAGES)]
+    session = open_session(model, 1)
+    return np.concatenate([session.run(["symbols"], {"image": preprocessing.tensor(part.numpy())})[0] for part in torch.split(images, BATCH)])
+
+
+def _track(tracker: Tracker, bundle: Bundle, tables: CodecTables | None, image: NDArray[np.float32]) -> None:
+    tracker.log_params({"bundle_id": bundle.bundle_id.hex(), "kind": bundle.kind, "opset": OPSET})
+    for name, shape in bundle.manifest["shapes"].items():
+        split_edge = name == EDGE and tables is not None
+        example = {"symbols": np.zeros((1, *shape["input"]), np.uint8)} if split_edge else {"image": image}
+        tracker.log_onnx(bundle.path / name, Path(name).stem, example)
+    for path in sorted(bundle.path.glob("*.json")):
+        tracker.log_file(path)

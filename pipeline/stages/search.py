@@ -1,0 +1,160 @@
+"""search: which cut, pruning and codec; measured candidates, their Pareto set, and the chosen one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import torch
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import models
+import pipeline
+from models.backbones import build_backbone
+from models.cutting import CutPoint
+from pipeline.costs.device_profile import DeviceProfile, backbone_key
+from pipeline.costs.link import Link
+from pipeline.data import load_card, load_split
+from pipeline.errors import Interrupted
+from pipeline.files import atomic_write_json, atomic_write_text, read_json
+from pipeline.params import Params
+from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths
+from pipeline.search.evaluator import Deployment, Evaluator
+from pipeline.search.optuna import search
+from pipeline.search.pareto import MEASURED, OBJECTIVES, Limits, Trial, baselines, cheapest, choose, feasible, non_dominated, point, trials_csv
+
+if TYPE_CHECKING:
+    from pipeline.tracking import Tracker
+
+CODE = ["models/*.py", "pipeline/data.py", "pipeline/costs/*.py", "pipeline/runtime/*.py", "pipeline/search/*.py"]
+
+
+def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
+    """Write trials.csv, pareto.json and chosen.json of `device` and return what chosen.json holds.
+
+    Raises:
+        CoinferError: an input is missing, a baseline failed, or no candidate is within the limits.
+        Interrupted: Ctrl-C; finished trials are kept.
+    """
+    torch.set_num_threads(params.run.threads)
+    settings, target, paths, minimize = params.search, params.device(device), DevicePaths(device), params.objective.minimize
+    evaluator = _evaluator(params, device)
+    limits = Limits(evaluator.reference_accuracy - params.objective.max_accuracy_drop, target.memory_mb)
+    journal = STUDIES / _study_key(params, device) / "journal.log"
+    tracker.log_params({"search": settings.model_dump(), "objective": params.objective.model_dump(), "device": target.model_dump()})
+
+    space = evaluator.space()
+    trials: list[Trial] = []
+    proposals = search(space, evaluator.measure, limits, journal=journal, seed=params.run.seed, trials=settings.trials, sampler=settings.sampler)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[best]}"), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+            task = bar.add_task(f"search {device}", total=len(space.baselines()) + settings.trials, best="")
+            for trial in proposals:
+                trials.append(trial)
+                good = feasible(trials, limits)
+                if good:
+                    best = cheapest(good, minimize)
+                    value = getattr(best.measurement, MEASURED[minimize])
+                    bar.update(task, best=f"best {best.candidate.label()}: {minimize} {value:.4g}")
+                    tracker.log_metrics({f"best_{minimize}": value}, step=trial.number)
+                bar.update(task, advance=int(trial.duplicate_of is None))
+    except KeyboardInterrupt:
+        raise Interrupted(f"search {device} was interrupted: {len(trials)} trials are kept in {journal}; `dvc repro` goes on from there.") from None
+
+    chosen, (device_only, edge_only) = choose(trials, limits, minimize), baselines(trials, limits, minimize)
+    front = non_dominated(feasible(trials, limits))
+    chosen_point = point(chosen, limits)
+    common = {"reference_accuracy": evaluator.reference_accuracy, "floor": limits.floor}
+    summary = {"chosen": chosen_point, "device_only": point(device_only, limits), "edge_only": point(edge_only, limits), **common}
+    atomic_write_text(paths.trials, trials_csv(trials, limits))
+    atomic_write_json(
+        paths.pareto, {"objectives": OBJECTIVES, "memory_mb": limits.memory_mb, **common, "chosen": chosen.number, "points": [point(t, limits) for t in front]}
+    )
+    atomic_write_json(paths.chosen, summary)
+
+    tracker.log_params({"chosen": chosen.candidate.label()})
+    tracker.log_metrics({**common, **{f"chosen_{name}": value for name, value in chosen_point["measurement"].items()}})
+    tracker.log_figure(_figure(trials, limits, chosen, [device_only, edge_only], device), "pareto.png")
+    for path in (paths.trials, paths.pareto, paths.chosen):
+        tracker.log_file(path)
+    for trial in front:
+        found = point(trial, limits)
+        with tracker.child(f"trial {trial.number}: {trial.candidate.label()}") as child:
+            child.log_params(found["candidate"])
+            child.log_metrics(found["measurement"])
+    return summary
+
+
+def _evaluator(params: Params, device: str) -> Evaluator:
+    paths, target, card = DevicePaths(device), params.device(device), load_card()
+    rows = read_json(paths.cuts, "the list of cut points")
+    cuts = [CutPoint.from_dict({field.name: row[field.name] for field in fields(CutPoint)}) for row in rows]
+    backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
+    profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
+    deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, Link(target.link.rate_mbps, target.link.rtt_ms))
+    return Evaluator(backbone, cuts, load_split("train"), load_split("validation"), params.search, deployment, params.run.seed)
+
+
+def _study_key(params: Params, device: str) -> str:
+    """Names all that a trial's outcome depends on, so not how many there are nor what is chosen from them: more trials go on with the same study."""
+    paths = DevicePaths(device)
+    roots = {name: Path(package.__path__[0]).parent for name, package in (("models", models), ("pipeline", pipeline))}
+    code = sorted((file.relative_to(root), file) for pattern in CODE for root in [roots[pattern.split("/")[0]]] for file in root.glob(pattern))
+    inputs = [(path, path) for path in (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile)]
+    known = {
+        "run": params.run.model_dump(),
+        "backbone": params.backbone.name,
+        "device": [device, params.device(device).memory_mb, params.device(device).link.model_dump()],
+        "search": params.search.model_dump(exclude={"trials"}),
+        "max_accuracy_drop": params.objective.max_accuracy_drop,
+        "files": {name.as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for name, file in (*inputs, *code)},
+        "versions": [torch.__version__, optuna.__version__],
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _figure(trials: list[Trial], limits: Limits, chosen: Trial, baseline: list[Trial], device: str) -> Figure:
+    """Accuracy against latency, coloured by bytes on the wire; what the limits allow lies above the line and is filled."""
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    measured = [(trial, trial.measurement) for trial in trials if trial.measurement is not None and trial.duplicate_of is None]
+    allowed = {trial.number for trial in feasible(trials, limits)}
+    scale = Normalize(0.0, max(m.wire_bytes for _, m in measured))
+    for marker, inside in (("o", True), ("x", False)):
+        shown = [m for trial, m in measured if (trial.number in allowed) == inside]
+        label = "within the limits" if inside else "below the floor or too large for the device's memory"
+        across, up = [m.total_ms for m in shown], [100 * m.accuracy for m in shown]
+        dots = axes.scatter(across, up, c=[m.wire_bytes for m in shown], norm=scale, marker=marker, label=label)
+        if inside:
+            figure.colorbar(dots, label="bytes on the wire per image")
+    front = sorted((trial.measurement.total_ms, 100 * trial.measurement.accuracy) for trial in non_dominated(feasible(trials, limits)) if trial.measurement)
+    axes.scatter(
+        [ms for ms, _ in front],
+        [percent for _, percent in front],
+        s=110,
+        facecolors="none",
+        edgecolors="black",
+        linewidths=0.8,
+        label="Pareto set (with bytes)",
+    )
+    axes.axhspan(100 * limits.floor, 100, color="0.94", zorder=0)
+    axes.axhline(100 * limits.floor, color="0.5", linestyle=":", label="accuracy floor")
+    for trial, marker, name in ((chosen, "*", "chosen"), *zip(baseline, ("s", "D"), ("device-only", "edge-only"), strict=True)):
+        assert trial.measurement is not None
+        across, up = [trial.measurement.total_ms], [100 * trial.measurement.accuracy]
+        axes.scatter(across, up, s=190, marker=marker, facecolors="none", edgecolors="#D55E00", linewidths=1.6, label=f"{name}: {trial.candidate.label()}")
+    axes.set_xscale("log")
+    axes.set_xlabel("predicted latency per image, ms")
+    axes.set_ylabel("top-1 accuracy on validation, %")
+    axes.set_title(f"{device}: {len(measured)} candidates measured", fontsize="medium")
+    axes.legend(fontsize="x-small", loc="lower right")
+    return figure

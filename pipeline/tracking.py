@@ -1,0 +1,162 @@
+"""What a stage tells the outside: the `Tracker` seam and its MLflow implementation, the only importer of mlflow."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline.errors import CoinferError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+EXPERIMENT = "coinfer"
+
+
+class Tracker(Protocol):
+    """Where a stage reports parameters, metrics, pictures, files and models."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None: ...
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None: ...
+    def log_figure(self, figure: Figure, name: str) -> None: ...
+    def log_file(self, path: Path) -> None: ...
+    def log_onnx(self, path: Path, name: str, input_example: dict[str, np.ndarray]) -> None: ...
+    def child(self, name: str) -> AbstractContextManager[Tracker]: ...
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, else mlflow.db at the DVC root.
+
+    DVC sets `DVC_ROOT` to the repository an experiment was started in, also for the copies that `--temp` and `--queue` make,
+    so every run lands in one database.
+    """
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(os.environ.get('DVC_ROOT', '.')).resolve() / 'mlflow.db'}"
+
+
+def provenance(stage: str, device: str | None, params_file: Path) -> dict[str, str]:
+    """The tags of a run: stage, device, git commit, hash of the parameters, and a pipeline id that the stages of one `dvc repro` share."""
+    params_hash = hashlib.sha256(params_file.read_bytes()).hexdigest()[:12]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = git.stdout.strip() if git.returncode == 0 else "none"
+    tags = {"stage": stage, "git_commit": commit, "params_hash": params_hash}
+    tags["pipeline_id"] = hashlib.sha256(f"{commit} {params_hash}".encode()).hexdigest()[:12]
+    if device:
+        tags["device"] = device
+    return tags
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class MlflowTracker:
+    """One MLflow run."""
+
+    def __init__(self, client: MlflowClient, run: Run) -> None:
+        self._client = client
+        self._run = run
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        self._client.log_batch(self._run.info.run_id, params=[Param(key, str(value)) for key, value in flatten(params).items()])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        self._client.log_batch(self._run.info.run_id, metrics=[Metric(key, float(value), now, step or 0) for key, value in metrics.items()])
+
+    def log_figure(self, figure: Figure, name: str) -> None:
+        self._client.log_figure(self._run.info.run_id, figure, name if name.endswith(".png") else f"{name}.png")
+
+    def log_file(self, path: Path) -> None:
+        self._client.log_artifact(self._run.info.run_id, str(path))
+
+    def log_onnx(self, path: Path, name: str, input_example: dict[str, np.ndarray]) -> None:
+        """Log `path` as an MLflow ONNX model whose signature leaves the batch axis open."""
+        import mlflow
+        import onnx
+        import onnxruntime
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        outputs = dict(zip([value.name for value in session.get_outputs()], session.run(None, input_example), strict=True))
+
+        def schema(arrays: Mapping[str, np.ndarray]) -> Schema:
+            return Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]), key) for key, array in arrays.items()])
+
+        with mlflow.start_run(run_id=self._run.info.run_id):
+            mlflow.onnx.log_model(
+                onnx.load(path),
+                name=name,
+                signature=ModelSignature(schema(input_example), schema(outputs)),
+                pip_requirements=[f"onnxruntime=={onnxruntime.__version__}"],
+                save_as_external_data=False,
+            )
+            mlflow.end_run("RUNNING")
+
+    @contextmanager
+    def child(self, name: str) -> Iterator[Tracker]:
+        tags = {"mlflow.parentRunId": self._run.info.run_id, **{k: v for k, v in self._run.data.tags.items() if not k.startswith("mlflow.")}}
+        run = self._client.create_run(self._run.info.experiment_id, run_name=name, tags=tags)
+        with _closing(self._client, run):
+            yield MlflowTracker(self._client, run)
+
+
+@contextmanager
+def _closing(client: MlflowClient, run: Run) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        client.set_terminated(run.info.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    client.set_terminated(run.info.run_id, "FINISHED")
+
+
+@contextmanager
+def stage_run(stage: str, device: str | None, params_file: Path) -> Iterator[MlflowTracker]:
+    """One MLflow run for one executed stage, marked failed when the block raises.
+
+    Raises:
+        CoinferError: the tracking database or server cannot be used.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    uri = tracking_uri()
+    try:
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient()
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            # Without this the file store's ./mlruns would depend on where the stage happened to run.
+            local = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
+            experiment_id = client.create_experiment(EXPERIMENT, artifact_location=local)
+        else:
+            experiment_id = experiment.experiment_id
+        name = f"{stage} {device}" if device else stage
+        run = client.create_run(experiment_id, run_name=name, tags=provenance(stage, device, params_file))
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise CoinferError(f"MLflow at {uri} cannot be used ({str(error).splitlines()[0]}); check MLFLOW_TRACKING_URI or the file's permissions.") from error
+    with _closing(client, run):
+        yield MlflowTracker(client, run)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.backbones import build_backbone
+from models.cutting import count_macs, cut_points, split
+from models.pruning import ChannelPlan, prune_head, rebuild
+from pipeline.errors import ModelError
+
+
+def halves(name: str, size: int, cut: str) -> tuple[nn.Module, Tensor, dict[str, tuple[str, ...]]]:
+    """Device half, an image batch, and the layers of each block up to the cut; batch norms as after training."""
+    torch.manual_seed(0)
+    backbone = build_backbone(name, 10, size).eval()
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+    image = torch.randn(2, 3, size, size)
+    points = cut_points(backbone, image)
+    end = next(i for i, point in enumerate(points) if point.name == cut)
+    return split(backbone, image, cut)[0], image, {point.name: point.layers for point in points[: end + 1] if point.layers}
+
+
+def silenced(head: nn.Module, plan: ChannelPlan) -> nn.Module:
+    """The unpruned head with weights and biases of the removed channels at zero: what a right pruning computes, the slow way."""
+    head = copy.deepcopy(head)
+    for name, sides in plan.kept.items():
+        layer = head.get_submodule(name)
+        if "out" in sides:
+            gone = torch.ones(len(layer.weight), dtype=torch.bool)
+            gone[list(sides["out"])] = False
+            with torch.no_grad():
+                layer.weight[gone] = 0
+                if layer.bias is not None:
+                    layer.bias[gone] = 0
+    return head
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "cut"),
+    [
+        ("resnet20", 16, "layer2.1"),
+        ("mobilenet_v3_small", 32, "features.4"),
+        ("squeezenet1_1", 32, "features.6"),
+        ("resnext50_32x4d", 32, "layer1.0"),
+    ],
+)
+def test_pruned_half_computes_what_the_whole_one_does_without_those_channels(name: str, size: int, cut: str) -> None:
+    head, image, layers = halves(name, size, cut)
+    pruned, plan = prune_head(head, image, dict.fromkeys(layers, 0.5), layers)
+    with torch.no_grad():
+        expected, actual = silenced(head, plan)(image), pruned(image)
+    assert actual.shape == head(image).shape
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert set(pruned.state_dict()) == set(head.state_dict())
+    assert sum(count_macs(pruned, image[:1]).values()) < 0.6 * sum(count_macs(head, image[:1]).values())
+
+
+def test_half_of_resnet20_has_smaller_tensors_and_rebuilds_bit_for_bit() -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    pruned, plan = prune_head(head, image, dict.fromkeys(layers, 0.5), layers)
+
+    assert pruned.get_submodule("layer1.1.conv1").weight.shape == (8, 8, 3, 3)
+    assert pruned.get_submodule("layer1.1.bn1").running_var.shape == (8,)
+    assert pruned.get_submodule("layer2.1.conv2").weight.shape == (32, 16, 3, 3), "the cut keeps its width, through the residual sum too"
+    assert pruned.get_submodule("layer2.0.downsample.0").weight.shape == (32, 8, 1, 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items()), "the given half must stay as it was"
+
+    torch.manual_seed(1)
+    fresh = split(build_backbone("resnet20", 10, 16), image, "layer2.1")[0].eval()
+    again = rebuild(fresh, ChannelPlan.from_json(plan.to_json()))
+    again.load_state_dict(pruned.state_dict())
+    assert torch.equal(again(image), pruned(image))
+
+
+def test_only_the_named_block_is_pruned() -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    _, plan = prune_head(head, image, {"layer1.1": 0.5}, layers)
+    assert set(plan.kept) == {"layer1.1.conv1", "layer1.1.bn1", "layer1.1.conv2"}
+    assert set(plan.kept["layer1.1.conv2"]) == {"in"}
+
+
+def test_the_channels_with_the_smallest_l1_norm_over_the_group_go() -> None:
+    head, image, layers = halves("resnet20", 16, "layer1.1")
+    with torch.no_grad():
+        for channel in (3, 7):
+            head.get_submodule("layer1.0.conv1").weight[channel] *= 1e-3
+            head.get_submodule("layer1.0.conv2").weight[:, channel] *= 1e-3
+        head.get_submodule("layer1.0.conv1").weight[5] *= 1e-3  # small here, but layer1.0.conv2 leans on it
+        head.get_submodule("layer1.0.conv2").weight[:, 5] *= 10
+    _, plan = prune_head(head, image, {"layer1.0": 14 / 16}, layers)
+    assert set(range(16)) - set(plan.kept["layer1.0.conv1"]["out"]) == {3, 7}
+
+
+def test_depthwise_filters_count_and_stay_one_a_channel() -> None:
+    head = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.Conv2d(4, 2, 1, bias=False))
+    with torch.no_grad():
+        for layer in head:
+            nn.init.ones_(layer.weight)
+        head[1].weight[2] = 0
+    pruned, plan = prune_head(head, torch.randn(1, 3, 4, 4), {"block": 0.75}, {"block": ("0", "1", "2")})
+    assert plan.kept == {"0": {"out": (0, 1, 3)}, "1": {"out": (0, 1, 3), "in": (0, 1, 3)}, "2": {"in": (0, 1, 3)}}
+    assert pruned[1].groups == pruned[1].in_channels == pruned[1].out_channels == 3
+
+
+def test_pruned_widths_are_multiples_of_the_channel_block() -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    _, plan = prune_head(head, image, dict.fromkeys(layers, 0.3), layers, channel_block=4)
+    widths = {len(indices) for sides in plan.kept.values() for indices in sides.values()}
+    assert widths == {8, 12}, "0.3 of 16 and of 32, rounded up to whole blocks"
+
+
+@pytest.mark.parametrize("keep", [{}, {"layer1.0": 1.0, "layer2.0": 1.0}])
+def test_keeping_everything_gives_an_empty_plan_and_the_same_half(keep: dict[str, float]) -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    pruned, plan = prune_head(head, image, keep, layers)
+    assert plan == ChannelPlan() == ChannelPlan.from_json(plan.to_json())
+    assert torch.equal(pruned(image), head(image))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pruning_keeps_mode_gradients_and_statistics(training: bool) -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    head.train(training).requires_grad_(False)
+    with torch.no_grad():
+        pruned, plan = prune_head(head, image, {"layer1.1": 0.5}, layers)
+    assert {module.training for module in pruned.modules()} == {training}
+    assert not any(parameter.requires_grad for parameter in pruned.parameters())
+    kept = list(plan.kept["layer1.1.bn1"]["out"])
+    assert torch.equal(pruned.get_submodule("layer1.1.bn1").running_mean, head.get_submodule("layer1.1.bn1").running_mean[kept])
+
+
+def test_a_half_that_shuffles_channels_stays_whole() -> None:
+    head, image, layers = halves("shufflenet_v2_x0_5", 32, "stage2.0")
+    assert prune_head(head, image, dict.fromkeys(layers, 0.5), layers)[1] == ChannelPlan()
+
+
+def test_device_only_prunes_up_to_the_logits() -> None:
+    head, image, layers = halves("resnet20", 16, "output")
+    pruned, plan = prune_head(head, image, dict.fromkeys(layers, 0.5), layers)
+    assert pruned(image).shape == (2, 10)
+    assert plan.kept["fc"] == {"in": plan.kept["layer3.2.bn2"]["out"]}
+
+
+def test_a_ratio_that_empties_a_layer_is_refused_by_name() -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    with pytest.raises(ModelError, match=r"keep ratio 0\.01 of block layer1\.1 would leave layer layer1\.1\.conv1 \(16 channels\) without channels; choose"):
+        prune_head(head, image, {"layer1.1": 0.01}, layers)
+
+
+@pytest.mark.parametrize(("keep", "message"), [({"layer9": 0.5}, "layer9.*choose among"), ({"layer1.1": 1.5}, r"1\.5"), ({"layer1.1": float("nan")}, "nan")])
+def test_unknown_blocks_and_impossible_ratios_are_refused(keep: dict[str, float], message: str) -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    with pytest.raises(ModelError, match=message):
+        prune_head(head, image, keep, layers)
+
+
+def test_plan_survives_json() -> None:
+    plan = ChannelPlan({"a.conv": {"out": (0, 2), "in": (1,)}, "a.bn": {"out": (0, 2)}})
+    assert ChannelPlan.from_json(plan.to_json()) == plan
+    assert ChannelPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"a": [1]}', '{"a": {}}', '{"a": {"up": [1]}}', '{"a": {"out": []}}', '{"a": {"out": [2, 1]}}', '{"a": {"out": [0.5]}}']
+)
+def test_nonsense_is_no_plan(text: str) -> None:
+    with pytest.raises(ModelError, match="channel plan"):
+        ChannelPlan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"nowhere": {"out": (0,)}}, "layer nowhere"),
+        ({"0": {"out": (0, 9)}}, r"channel 9 \(out\) of layer 0, which has 4"),
+        ({"1": {"out": (0,)}}, "depthwise convolution 1"),
+        ({"2": {"in": (0, 3)}}, "groups of convolution 2 unequally"),
+        ({"3": {"out": (0,)}}, "type ReLU"),
+    ],
+)
+def test_a_plan_of_another_network_is_refused(kept: dict[str, dict[str, tuple[int, ...]]], message: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1, groups=2), nn.ReLU())
+    with pytest.raises(ModelError, match=message):
+        rebuild(network, ChannelPlan(kept))

@@ -1,0 +1,85 @@
+"""Bundles of tiny hand-made ONNX halves, so that nothing here needs torch."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, FILES, Bundle, write_bundle
+from pipeline.runtime.coder import build_tables
+from pipeline.runtime.preprocess import Preprocessing
+
+SIZE, CODE, BITS, CLASSES = 8, (2, 4, 4), 3, ["ant", "bee", "cat"]
+
+
+def model(nodes, inputs, outputs, **weights) -> bytes:
+    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "tiny", [helper.make_tensor_value_info(*inputs)], [helper.make_tensor_value_info(*outputs)], initializers)
+    built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(built)
+    return built.SerializeToString()
+
+
+def halves(seed: int) -> dict[str, bytes]:
+    rng = np.random.default_rng(seed)
+    image = ("image", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])
+    symbols = ("symbols", TensorProto.UINT8, ["batch", *CODE])
+    logits = ("logits", TensorProto.FLOAT, ["batch", len(CLASSES)])
+
+    def matrix(*shape: int):
+        return rng.normal(size=shape).astype(np.float32)
+
+    node = helper.make_node
+    top = np.float32(2**BITS - 1)
+    pool = node("AveragePool", ["image"], ["pooled"], kernel_shape=[2, 2], strides=[2, 2])
+    encoder = [
+        node("Conv", ["pooled", "w"], ["code"]),
+        node("Sigmoid", ["code"], ["bounded"]),
+        node("Mul", ["bounded", "top"], ["scaled"]),
+        node("Round", ["scaled"], ["rounded"]),
+        node("Cast", ["rounded"], ["symbols"], to=TensorProto.UINT8),
+    ]
+    decoder = [
+        node("Cast", ["symbols"], ["levels"], to=TensorProto.FLOAT),
+        node("Div", ["levels", "top"], ["flat_in"]),
+        node("Flatten", ["flat_in"], ["flat"]),
+        node("MatMul", ["flat", "w"], ["logits"]),
+    ]
+    classifier = [node("Flatten", ["image"], ["flat"]), node("MatMul", ["flat", "w"], ["logits"])]
+    return {
+        DEVICE: model([pool, *encoder], image, symbols, w=matrix(CODE[0], 3, 1, 1), top=top),
+        EDGE: model(decoder, symbols, logits, w=matrix(int(np.prod(CODE)), len(CLASSES)), top=top),
+        DEVICE_ONLY: model(classifier, image, logits, w=matrix(3 * SIZE * SIZE, len(CLASSES))),
+    }
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path):
+    """make_bundle(kind="split", seed=0, quality=100) -> Bundle"""
+
+    def make(kind: str = "split", seed: int = 0, quality: int = 100, **changes) -> Bundle:
+        files = halves(seed)
+        if kind == "edge-only":
+            files[EDGE] = files[DEVICE_ONLY]
+        training = np.random.default_rng(seed).integers(0, 2**BITS, (10, *CODE)).astype(np.uint8)
+        arguments = {
+            "kind": kind,
+            "candidate": {"cut": "layer1", "quality": quality if kind == "edge-only" else None},
+            "plan": {},
+            "preprocessing": Preprocessing(SIZE),
+            "classes": CLASSES,
+            "files": {name: files[name] for name in FILES[kind] if name in files},
+            "tables": build_tables(training, BITS) if kind == "split" else None,
+            "extra": {"opset": 18},
+        }
+        return write_bundle(tmp_path / f"{kind}-{seed}", **{**arguments, **changes})
+
+    return make
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """uint8 (3, S, S)"""
+    return np.random.default_rng(7).integers(0, 256, (3, SIZE, SIZE)).astype(np.uint8)

@@ -1,0 +1,117 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from pipeline.errors import BundleError, CoinferError
+from pipeline.runtime.bundle import CODEC, DEVICE, DEVICE_ONLY, EDGE, FILES, MANIFEST, Bundle
+from pipeline.runtime.coder import build_tables
+from pipeline.runtime.preprocess import Preprocessing
+
+
+@pytest.mark.parametrize("kind", sorted(FILES))
+def test_a_bundle_loads_with_everything_the_halves_need(make_bundle, kind):
+    written = make_bundle(kind)
+    bundle = Bundle.load(written.path)
+    assert sorted(path.name for path in bundle.path.iterdir()) == sorted([MANIFEST, *FILES[kind]])
+    assert (bundle.kind, bundle.classes, bundle.preprocessing.image_size) == (kind, ["ant", "bee", "cat"], 8)
+    assert len(bundle.bundle_id) == 4
+    assert bundle.manifest["opset"] == 18
+    if kind == "split":
+        assert bundle.code_shape == (2, 4, 4)
+        assert bundle.tables.bits == 3
+
+
+def test_the_same_contents_give_the_same_bundle_and_others_another(make_bundle):
+    first = (make_bundle().path / MANIFEST).read_bytes()
+    assert (make_bundle().path / MANIFEST).read_bytes() == first
+    assert make_bundle(seed=1).bundle_id != make_bundle().bundle_id
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES["split"]])
+def test_a_missing_file_is_named(make_bundle, name):
+    bundle = make_bundle()
+    (bundle.path / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        Bundle.load(bundle.path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES["split"]])
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.7, 1.0])
+def test_one_changed_byte_is_named(make_bundle, name, where):
+    path = make_bundle().path / name
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=name):
+        Bundle.load(path.parent)
+
+
+@pytest.mark.parametrize("name", FILES["split"])
+def test_a_half_swapped_with_another_bundles_is_named(make_bundle, name):
+    ours, theirs = make_bundle(seed=0), make_bundle(seed=1)
+    shutil.copy(theirs.path / name, ours.path / name)
+    with pytest.raises(BundleError, match=f"{name} is not the file this bundle was written with"):
+        Bundle.load(ours.path)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(BundleError, match=MANIFEST):
+        Bundle.load(tmp_path)
+    for text in ("[]", "{}", '{"bundle_id": 3}', "\x00", "[" * 100000):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(BundleError, match=MANIFEST):
+            Bundle.load(tmp_path)
+
+
+def test_a_bundle_of_another_schema_says_so(make_bundle, monkeypatch):
+    bundle = make_bundle()
+    monkeypatch.setattr("pipeline.runtime.bundle.SCHEMA_VERSION", 2)
+    with pytest.raises(BundleError, match="schema 1, this version reads 2"):
+        Bundle.load(bundle.path)
+
+
+def test_halves_that_do_not_fit_each_other_are_not_written(make_bundle, tmp_path):
+    three_channels = build_tables(np.zeros((1, 3, 4, 4), np.uint8), 3)
+    for changes, message in (
+        ({"classes": ["ant", "bee"]}, rf"{DEVICE_ONLY} maps .* to \[3\]"),
+        ({"tables": three_channels}, f"{DEVICE} gives .* the codec has 3 channels"),
+        ({"tables": None}, CODEC),
+        ({"preprocessing": Preprocessing(9)}, f"{DEVICE_ONLY} maps"),
+        ({"files": {DEVICE: b"", EDGE: b"", DEVICE_ONLY: b""}}, "cannot be run by ONNX Runtime"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            make_bundle(**changes)
+        assert not any(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_bundle(make_bundle):
+    old = make_bundle()
+    with pytest.raises(BundleError):
+        make_bundle(classes=["ant", "bee"])
+    assert Bundle.load(old.path).bundle_id == old.bundle_id
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_no_permission_at_the_out_path_is_one_sentence(make_bundle, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(CoinferError, match="cannot write"):
+        make_bundle()
+
+
+def test_an_out_path_that_cannot_be_a_folder_is_one_sentence(make_bundle, tmp_path):
+    (tmp_path / "split-0").write_text("in the way")
+    with pytest.raises(CoinferError, match="cannot write"):
+        make_bundle()
+
+
+def test_a_file_the_kind_lacks_is_refused(make_bundle):
+    with pytest.raises(BundleError, match=r"edge-only bundle and has no device\.onnx"):
+        make_bundle("edge-only").session(DEVICE, 1)
+
+
+def test_nothing_in_a_manifest_names_a_path_of_this_machine(make_bundle):
+    bundle = make_bundle()
+    assert str(bundle.path.parent) not in json.dumps(bundle.manifest)

@@ -1,0 +1,201 @@
+import subprocess
+import sys
+
+import constriction
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from pipeline.errors import BundleError, FrameError
+from pipeline.runtime import coder, rans_twin
+from pipeline.runtime.coder import CodecTables, build_tables, decode, encode, entropy_bits
+
+
+@st.composite
+def tables(draw, max_channels=3):
+    """Tables as skewed as integers allow, flat ones and everything between."""
+    bits = draw(st.integers(1, 8))
+    precision = draw(st.integers(max(bits, 8), 14))
+    rows = []
+    for _ in range(draw(st.integers(1, max_channels))):
+        weights = draw(npst.arrays(np.int64, 1 << bits, elements=st.integers(1, 10) | st.integers(1, 10**6)))
+        rows.append(coder._rounded(weights, 1 << precision))
+    return CodecTables(bits, precision, tuple(rows))
+
+
+@st.composite
+def coded(draw):
+    built = draw(tables())
+    shape = (len(built.freqs), draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    draws = {
+        "likely": lambda row: rng.choice(built.levels, shape[1:], p=np.array(row) / sum(row)),
+        "uniform": lambda row: rng.integers(0, built.levels, shape[1:]),
+        "rarest": lambda row: np.full(shape[1:], np.argmin(row)),
+        "commonest": lambda row: np.full(shape[1:], np.argmax(row)),
+    }
+    pick = draws[draw(st.sampled_from(sorted(draws)))]
+    return np.stack([pick(row) for row in built.freqs]).astype(np.uint8), built
+
+
+def flat(built):
+    return built.freq_array, built.start_array, built.slot_array
+
+
+def test_the_extension_is_built_here():
+    assert coder.HAVE_C, "run `python setup.py build_ext --inplace`: without it only the twin is tested"
+
+
+@settings(max_examples=80, deadline=None)
+@given(coded())
+def test_every_array_round_trips_and_costs_less_than_8_bits_over_the_cross_entropy(case):
+    symbols, built = case
+    payload = encode(symbols, built)
+    assert np.array_equal(decode(payload, symbols.shape, built), symbols)
+    assert 8 * len(payload) < entropy_bits(symbols, built) + 8 + 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(coded())
+def test_the_twin_writes_the_same_bytes_and_reads_them(case):
+    symbols, built = case
+    plane, sizes = symbols[0].size, (built.levels, built.precision)
+    payload = rans_twin.encode(symbols.tobytes(), *flat(built), plane, *sizes)
+    assert payload == encode(symbols, built)
+    assert rans_twin.decode(payload, built.freq_array, built.entry_array, plane, *sizes) == symbols.tobytes()
+
+
+@settings(max_examples=80, deadline=None)
+@given(tables(2), st.binary(max_size=40), st.integers(1, 12))
+def test_any_bytes_are_refused_or_are_the_one_encoding_of_what_they_decode_to(built, payload, plane):
+    shape = (len(built.freqs), 1, plane)
+    arguments = (built.freq_array, built.entry_array, plane, built.levels, built.precision)
+    try:
+        symbols = decode(payload, shape, built)
+    except FrameError:
+        with pytest.raises(ValueError, match=r"bytes are left over|first byte is zero"):
+            rans_twin.decode(payload, *arguments)
+    else:
+        assert encode(symbols, built) == payload
+        assert rans_twin.decode(payload, *arguments) == symbols.tobytes()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("concentration", [0.05, 1.0])
+def test_4096_symbols_cost_at_most_2_percent_and_no_more_than_constriction(bits, concentration):
+    rng = np.random.default_rng(bits)
+    distributions = rng.dirichlet(np.full(1 << bits, concentration), size=16)
+    drawn = np.stack([rng.choice(1 << bits, (9, 16, 16), p=p) for p in distributions], axis=1).astype(np.uint8)
+    built, symbols = build_tables(drawn[1:], bits), drawn[0]
+    payload_bits, ideal_bits = 8 * len(encode(symbols, built)), entropy_bits(symbols, built)
+    assert payload_bits <= max(1.02 * ideal_bits, ideal_bits + 8)
+
+    range_coder, ans = constriction.stream.queue.RangeEncoder(), constriction.stream.stack.AnsCoder()
+    for row, channel in zip(built.freqs, symbols, strict=True):
+        model = constriction.stream.model.Categorical(np.array(row) / sum(row), perfect=False)
+        range_coder.encode(channel.ravel().astype(np.int32), model)
+        ans.encode_reverse(channel.ravel().astype(np.int32), model)
+    assert payload_bits <= min(range_coder.num_bits(), ans.num_bits()) + 16
+
+
+def test_the_commonest_symbols_alone_cost_nothing():
+    built = build_tables(np.zeros((100, 2, 8, 8), np.uint8), 2)
+    zeros = np.zeros((2, 8, 8), np.uint8)
+    assert encode(zeros, built) == b""
+    assert np.array_equal(decode(b"", (2, 8, 8), built), zeros)
+
+
+def test_leftover_bytes_are_refused():
+    built = build_tables(np.random.default_rng(0).integers(0, 16, (20, 4, 6, 6)).astype(np.uint8), 4)
+    symbols = np.random.default_rng(1).integers(0, 16, (4, 6, 6)).astype(np.uint8)
+    payload = encode(symbols, built)
+    for wrong in (payload + b"\x01", payload + b"\0", b"\0" + payload, payload * 2):
+        with pytest.raises(FrameError, match=r"does not hold 144 coded symbols.*send the image again"):
+            decode(wrong, (4, 6, 6), built)
+
+
+def test_symbols_and_shapes_that_do_not_fit_the_tables_are_refused():
+    built = build_tables(np.zeros((1, 2, 3, 3), np.uint8), 2)
+    with pytest.raises(BundleError, match="out of range"):
+        encode(np.full((2, 3, 3), 4, np.uint8), built)
+    with pytest.raises(BundleError, match="do not fit codec tables of 2 channels"):
+        encode(np.zeros((3, 3, 3), np.uint8), built)
+    with pytest.raises(BundleError, match="do not fit codec tables of 2 channels"):
+        decode(b"", (2, 0, 3), built)
+
+
+def test_tables_follow_the_counts_and_never_give_a_level_nothing():
+    symbols = np.array([0] * 90 + [1] * 10, np.uint8).reshape(1, 1, 10, 10)
+    built = build_tables(symbols, 2)
+    assert built.freqs == (tuple(coder._rounded(np.array([91, 11, 1, 1]), 4096)),)
+    assert built.freqs[0] == pytest.approx([4096 * n / 104 for n in (91, 11, 1, 1)], abs=1)
+    spike = build_tables(np.zeros((1, 1, 1000, 1000), np.uint8), 8)
+    assert min(spike.freqs[0]) == 1
+    assert sum(spike.freqs[0]) == 1 << 14
+
+
+def test_tables_survive_json_and_refuse_nonsense():
+    built = build_tables(np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4), 4)
+    fields = built.to_dict()
+    assert CodecTables.from_dict(fields) == built
+    row = fields["freqs"][0]
+    for change in (
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 4.0},
+        {"precision": 15},
+        {"freqs": []},
+        {"freqs": [row[:-1]]},
+        {"freqs": [[0, row[0] + row[1], *row[2:]]]},
+        {"freqs": [[row[0] + 1, *row[1:]]]},
+        {"freqs": [["a"] * 16]},
+        {"freqs": 3},
+    ):
+        with pytest.raises(BundleError, match="codec tables"):
+            CodecTables.from_dict({**fields, **change})
+    with pytest.raises(BundleError, match="codec tables"):
+        CodecTables.from_dict({})
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_tables_of_0_or_9_bits_are_refused(bits):
+    with pytest.raises(BundleError, match="bits 1 to 8"):
+        build_tables(np.zeros((1, 1, 2, 2), np.uint8), bits)
+
+
+def test_the_extension_refuses_tables_of_the_wrong_size_instead_of_reading_past_them():
+    rans = pytest.importorskip("pipeline.runtime._rans")
+    built = build_tables(np.zeros((1, 2, 3, 3), np.uint8), 2)
+    freqs, starts, slots = flat(built)
+    for arguments in (
+        (bytes(18), freqs[:1], starts, slots, 9, 4, 12),
+        (bytes(18), freqs, starts[:1], slots, 9, 4, 12),
+        (bytes(18), freqs, starts, slots[:1], 9, 4, 12),
+        (bytes(17), freqs, starts, slots, 9, 4, 12),
+        (bytes(18), freqs, starts, slots, 9, 4, 13),
+        (bytes(18), freqs, starts, slots, 9, 4, 64),
+        (bytes(18), freqs, starts, slots, 0, 4, 12),
+        (bytes(18), freqs, starts, slots, 9, 0, 12),
+        (bytes(18), np.zeros_like(freqs), starts, slots, 9, 4, 12),
+    ):
+        with pytest.raises(ValueError, match=r"fit|range"):
+            rans.encode(*arguments)
+    with pytest.raises(ValueError, match="fit"):
+        rans.decode(b"", freqs, built.entry_array[:1], 9, 4, 12)
+    with pytest.raises(ValueError, match="out of range"):
+        rans.decode(b"", freqs, np.full_like(built.entry_array, 0xFFFFFFFF), 9, 4, 12)
+
+
+def test_without_the_extension_the_twin_is_used():
+    code = (
+        "import sys; sys.modules['pipeline.runtime._rans'] = None\n"
+        "import numpy as np\nfrom pipeline.runtime import coder\nassert not coder.HAVE_C\n"
+        "symbols = np.arange(16, dtype=np.uint8).reshape(1, 4, 4)\ntables = coder.build_tables(symbols[None], 4)\n"
+        "print(coder.encode(symbols, tables).hex(), (coder.decode(coder.encode(symbols, tables), (1, 4, 4), tables) == symbols).all())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    symbols = np.arange(16, dtype=np.uint8).reshape(1, 4, 4)
+    assert out == [encode(symbols, build_tables(symbols[None], 4)).hex(), "True"]

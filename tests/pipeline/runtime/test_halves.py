@@ -1,0 +1,216 @@
+"""Device and edge half together: in one process, in two, and with what a hostile or mistaken peer may send."""
+
+import io
+import json
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.costs.link import Link, wire_bytes
+from pipeline.errors import BundleError, CoinferError, DataError, FrameError
+from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE
+from pipeline.runtime.device import PARTS, DeviceHalf, classify_directory, encode_webp
+from pipeline.runtime.edge import EdgeHalf, edge_process, serve
+from pipeline.runtime.frame import Kind, pack, unpack
+from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTransport
+
+
+def answer_of(bundle, name, batch):
+    session = bundle.session(name, 1)
+    return session.run(None, {session.get_inputs()[0].name: batch})[0]
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    images = tmp_path / "images"
+    (images / "night").mkdir(parents=True)
+    Image.fromarray(picture.transpose(1, 2, 0)).save(images / "b.png")
+    Image.new("L", (30, 20), 90).save(images / "night" / "a.jpg")
+    (images / "broken.png").write_bytes(b"\x89PNG but not really")
+    (images / "notes.txt").write_text("not an image")
+    return images
+
+
+def test_a_split_gives_the_logits_of_its_two_halves(make_bundle, picture):
+    bundle = make_bundle()
+    answer = DeviceHalf(bundle).classify(picture, LoopbackTransport(EdgeHalf(bundle)))
+    symbols = answer_of(bundle, DEVICE, bundle.preprocessing.tensor(picture[None]))
+    assert np.array_equal(answer.logits, answer_of(bundle, EDGE, symbols)[0])
+    assert answer.path == "split"
+    assert tuple(answer.parts) == PARTS
+    assert answer.parts["total_ms"] == pytest.approx(sum(answer.parts[name] for name in PARTS[:-1]))
+    assert min(answer.parts.values()) > 0
+
+
+def test_edge_only_lossless_gives_the_logits_of_the_image_itself(make_bundle, picture):
+    bundle = make_bundle("edge-only")
+    answer = DeviceHalf(bundle).classify(picture, LoopbackTransport(EdgeHalf(bundle)))
+    assert np.array_equal(answer.logits, answer_of(bundle, EDGE, bundle.preprocessing.tensor(picture[None]))[0])
+    assert answer.frame_bytes == len(encode_webp(picture, 100)) + 13
+
+
+def test_edge_only_sends_less_at_a_lower_quality(make_bundle, picture):
+    sizes = [len(DeviceHalf(make_bundle("edge-only", quality=quality)).run(picture)[0]) for quality in (100, 60, 5)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+
+
+def test_device_only_answers_alone_and_sends_nothing(make_bundle, picture):
+    bundle = make_bundle("device-only")
+    answer = DeviceHalf(bundle).classify_locally(picture)
+    assert np.array_equal(answer.logits, answer_of(bundle, DEVICE_ONLY, bundle.preprocessing.tensor(picture[None]))[0])
+    assert (answer.frame_bytes, answer.parts["link_ms"]) == (0, 0)
+    with pytest.raises(BundleError, match=r"device-only bundle and has no device\.onnx"):
+        DeviceHalf(bundle).run(picture)
+    with pytest.raises(BundleError, match=r"device-only bundle and has no edge\.onnx"):
+        EdgeHalf(bundle)
+
+
+def test_a_picture_is_preprocessed_by_the_bundles_rule(make_bundle):
+    bundle = make_bundle()
+    photo = Image.effect_noise((40, 30), 80).convert("RGB")
+    device = DeviceHalf(bundle)
+    assert device.run(photo)[0] == device.run(bundle.preprocessing.pixels(photo))[0]
+    with pytest.raises(DataError, match=r"uint8 \(3, 8, 8\)"):
+        device.run(np.zeros((3, 9, 9), np.uint8))
+
+
+def test_halves_of_different_bundles_refuse_each_other(make_bundle, picture):
+    ours, theirs = make_bundle(seed=0), make_bundle(seed=1)
+    with pytest.raises(FrameError, match=f"the edge refused: frame is for bundle {ours.bundle_id.hex()}, this edge runs {theirs.bundle_id.hex()}"):
+        DeviceHalf(ours).classify(picture, LoopbackTransport(EdgeHalf(theirs)))
+
+
+class Replies:
+    """An edge that answers whatever it is told to."""
+
+    def __init__(self, reply: bytes) -> None:
+        self.reply = reply
+
+    def request(self, frame: bytes) -> bytes:
+        return self.reply
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_device_refuses_replies_that_cannot_be_its_own(make_bundle, picture):
+    bundle = make_bundle()
+    device = DeviceHalf(bundle)
+    for reply, message in (
+        (pack(bytes(20), b"abcd", Kind.REPLY), "same bundle"),
+        (pack(bytes(20), bundle.bundle_id, Kind.IMAGE), "same bundle"),
+        (pack(bytes(24), bundle.bundle_id, Kind.REPLY), "3 classes"),
+        (pack(b"\xff\xfe", bundle.bundle_id, Kind.ERROR), "the edge refused"),
+        (b"noise", "cut short"),
+    ):
+        with pytest.raises(FrameError, match=message):
+            device.classify(picture, Replies(reply))
+
+
+@pytest.mark.parametrize("kind", ["split", "edge-only"])
+def test_an_edge_half_answers_nonsense_with_an_error_frame(make_bundle, picture, kind):
+    bundle = make_bundle(kind)
+    edge = EdgeHalf(bundle)
+    large = io.BytesIO()
+    Image.new("RGB", (600, 600)).save(large, "WEBP")
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "PNG")
+    webp = encode_webp(picture, 100)
+    for payload in (b"", b"\0", b"\xff" * 500, large.getvalue(), png.getvalue(), webp[: len(webp) // 2], webp[:12] + b"\xff" * 40):
+        for sent in (Kind.SYMBOLS, Kind.IMAGE, Kind.REPLY, Kind.ERROR):
+            reply = unpack(edge.handle(pack(payload, bundle.bundle_id, sent))[0])
+            if payload or sent is not Kind.SYMBOLS or kind == "edge-only":  # no bytes at all are a valid code
+                assert reply.kind is Kind.ERROR
+                assert reply.payload
+
+
+def test_slowdown_multiplies_what_the_device_does(make_bundle, picture):
+    device = DeviceHalf(make_bundle(), slowdown=200)
+    device.run(picture)
+    parts = device.run(picture)[1]
+    assert parts["encode_ms"] > 0.2  # under 0.05 ms by itself
+
+
+def test_two_processes_over_tcp_with_a_link_survive_garbage_and_refuse_another_bundle(make_bundle, picture, folder):
+    bundle, other = make_bundle(), make_bundle(seed=1)
+    expected = DeviceHalf(bundle).classify(picture, LoopbackTransport(EdgeHalf(bundle)))
+    with edge_process(bundle) as port:
+        for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\xc1" * 9, bytes(1000), pack(b"x", bundle.bundle_id, Kind.SYMBOLS)[:-1] + b"\0", b"\xc1"):
+            with socket.create_connection(("127.0.0.1", port), 10) as client:
+                client.sendall(garbage)
+                client.shutdown(socket.SHUT_WR)
+                received = b""
+                try:
+                    while chunk := client.recv(4096):
+                        received += chunk
+                except ConnectionResetError:
+                    pass
+                assert not received or unpack(received).kind is Kind.ERROR
+
+        transport = TcpTransport("127.0.0.1", port, Link(rate_mbps=1, rtt_ms=4))
+        with pytest.raises(FrameError, match="give device and edge the same bundle"):
+            DeviceHalf(other).classify(picture, transport)
+        answer = DeviceHalf(bundle).classify(picture, transport)
+        assert np.array_equal(answer.logits, expected.logits)
+        assert answer.frame_bytes == expected.frame_bytes
+        assert answer.parts["link_ms"] >= 4 + 8 * wire_bytes(answer.frame_bytes) / 1e3
+
+        records = {record["file"].rsplit("/", 1)[1]: record for record in classify_directory(bundle, transport, [folder])}
+        transport.close()
+    assert sorted(records) == ["a.jpg", "b.png", "broken.png"]
+    assert "cannot be read as an image" in records["broken.png"]["error"]
+    record = records["b.png"]
+    assert record["label"] == bundle.classes[int(expected.logits.argmax())]
+    assert 1 / 3 <= record["probability"] <= 1
+    assert record["wire_bytes"] == wire_bytes(record["frame_bytes"])
+    assert record["path"] == "split"
+    assert {*PARTS} <= set(record)
+    json.dumps(records)
+
+
+def test_without_an_edge_the_device_classifies_alone_and_says_why(make_bundle, folder):
+    bundle = make_bundle()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for edge in (None, TcpTransport("127.0.0.1", port)):
+        [record] = classify_directory(bundle, edge, [folder / "b.png"])
+        assert record["path"] == "device-only"
+        assert record["frame_bytes"] == 0
+        assert ("edge_error" in record) == (edge is not None)
+    with pytest.raises(DataError, match="does not exist"):
+        list(classify_directory(bundle, None, [folder / "nowhere"]))
+
+
+def test_an_edge_process_that_cannot_start_is_one_sentence(make_bundle):
+    with pytest.raises(CoinferError, match=r"did not start: .*device-only bundle and has no edge\.onnx"), edge_process(make_bundle("device-only")):
+        pass
+
+
+def test_a_port_in_use_is_one_sentence(make_bundle):
+    bundle = make_bundle()
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(CoinferError, match="cannot listen"):
+        serve(bundle, "127.0.0.1", server.getsockname()[1])
+    with pytest.raises(CoinferError, match="cannot listen"):
+        serve(bundle, "127.0.0.1", 70000)
+
+
+def test_the_edge_is_unreachable_once_its_process_has_ended(make_bundle, picture):
+    bundle = make_bundle()
+    with edge_process(bundle) as port:
+        transport = TcpTransport("127.0.0.1", port)
+        DeviceHalf(bundle).classify(picture, transport)
+    with pytest.raises(EdgeUnreachable, match="does not answer"):
+        DeviceHalf(bundle).classify(picture, transport)
+
+
+def test_the_runtime_never_imports_what_a_device_does_not_have():
+    code = (
+        "import sys, pipeline.runtime.device, pipeline.runtime.edge\n"
+        "print(sorted({'torch', 'onnx', 'mlflow', 'lightning', 'optuna', 'matplotlib', 'scipy', 'pydantic'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

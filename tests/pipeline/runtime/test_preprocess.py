@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import BundleError
+from pipeline.runtime.preprocess import MEAN, STD, Preprocessing
+
+RULE = Preprocessing(8)
+
+
+def noise(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_a_square_of_the_right_size_is_untouched():
+    image = noise(8, 8)
+    assert np.array_equal(RULE.pixels(Image.fromarray(image)), image.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 13), (13, 8), (9, 10), (100, 31), (3, 5), (1, 200)])
+def test_the_centre_of_the_resized_image_is_kept(width, height):
+    pixels = RULE.pixels(Image.fromarray(noise(width, height)))
+    assert pixels.shape == (3, 8, 8)
+    assert pixels.dtype == np.uint8
+    short = min(width, height)
+    scaled = Image.fromarray(noise(width, height)).resize((int(width * 8 / short + 0.5), int(height * 8 / short + 0.5)), Image.Resampling.BILINEAR)
+    left, top = (scaled.width - 8) // 2, (scaled.height - 8) // 2
+    assert np.array_equal(pixels, np.asarray(scaled)[top : top + 8, left : left + 8].transpose(2, 0, 1))
+
+
+def test_a_rotated_photo_is_turned_upright():
+    image = noise(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    photo = Image.fromarray(image)
+    photo.info["exif"] = exif.tobytes()
+    assert np.array_equal(RULE.pixels(photo), np.rot90(image, -1).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_colour_mode_becomes_rgb(mode):
+    assert RULE.pixels(Image.fromarray(noise(8, 8)).convert(mode)).shape == (3, 8, 8)
+
+
+def test_the_tensor_is_normalised_per_channel_in_float32():
+    pixels = noise(8, 8).transpose(2, 0, 1)[None]
+    tensor = RULE.tensor(pixels)
+    expected = (pixels / 255 - np.array(MEAN).reshape(3, 1, 1)) / np.array(STD).reshape(3, 1, 1)
+    assert tensor.dtype == np.float32
+    np.testing.assert_allclose(tensor, expected, atol=1e-5)
+
+
+def test_the_rule_survives_json_and_refuses_nonsense():
+    assert Preprocessing.from_dict(RULE.to_dict()) == RULE
+    for change in ({"image_size": 0}, {"image_size": "big"}, {"mean": [1, 2]}, {"std": [1, 0, 1]}, {"std": None}):
+        with pytest.raises(BundleError, match="preprocessing"):
+            Preprocessing.from_dict({**RULE.to_dict(), **change})

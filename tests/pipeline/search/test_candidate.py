@@ -1,0 +1,56 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ParamsError
+from pipeline.search.candidate import Candidate
+
+splits = st.builds(
+    Candidate,
+    cut=st.sampled_from(["layer1.0", "layer2.2"]),
+    keep=st.dictionaries(st.sampled_from("abc"), st.sampled_from([0.25, 0.5, 1.0])).map(lambda keep: tuple(keep.items())),
+    code_channels=st.integers(1, 64),
+    stride=st.sampled_from([1, 2, 4, 8]),
+    bits=st.integers(1, 8),
+)
+others = st.one_of(st.builds(Candidate, cut=st.just("input"), quality=st.integers(1, 100)), st.just(Candidate("output", (("a", 0.5),))))
+
+
+@given(st.one_of(splits, others))
+def test_a_candidate_survives_json(candidate):
+    assert Candidate.from_dict(candidate.to_dict()) == candidate
+    assert hash(Candidate.from_dict(candidate.to_dict())) == hash(candidate)
+
+
+def test_keeping_a_block_whole_is_not_naming_it():
+    assert Candidate("output", (("b", 0.5), ("a", 1.0))) == Candidate("output", (("b", 0.5),))
+    assert Candidate("output", (("b", 0.5), ("a", 0.5))) == Candidate("output", (("a", 0.5), ("b", 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 0}, "bits is 0; choose 1 to 8"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 9}, "bits is 9; choose 1 to 8"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 3, "bits": 2}, "stride is 3"),
+        ({"cut": "layer1", "code_channels": 0, "stride": 1, "bits": 2}, "code_channels is 0"),
+        ({"cut": "layer1", "code_channels": 2}, "needs code_channels, stride and bits"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "keep": {"a": 0}}, "keep ratio of a is 0"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "keep": [["a", 0.5, 1]]}, "candidate"),
+        ({"cut": "input"}, "quality is None"),
+        ({"cut": "input", "quality": 0}, "quality is 0"),
+        ({"cut": "input", "quality": 50, "keep": {"a": 0.5}}, "no device half"),
+        ({"cut": "input", "quality": 50, "bits": 2}, "only a split has"),
+        ({"cut": "output", "quality": 50}, "nothing is sent"),
+        ({"cut": "output", "colour": "red"}, "colour"),
+    ],
+)
+def test_a_candidate_that_cannot_run_is_refused(fields, message):
+    with pytest.raises(ParamsError, match=message):
+        Candidate.from_dict(fields)
+
+
+def test_labels_are_short():
+    assert Candidate("output").label() == "device-only"
+    assert Candidate("input", quality=100).label() == "WebP lossless"
+    assert Candidate("layer2.0", (("a", 0.5),), 4, 2, 3).label() == "layer2.0 4ch /2 3bit keep 0.50"

@@ -1,0 +1,145 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.coinference import build_split
+from models.cutting import count_macs, cut_points
+from pipeline.data import normalise
+from pipeline.errors import ModelError
+from pipeline.runtime.device import encode_webp
+from pipeline.runtime.frame import OVERHEAD_BYTES
+from pipeline.search.candidate import Candidate
+from pipeline.search.evaluator import Evaluator, prune
+from tests.pipeline.search.toy import deployment, pictures
+from tests.tiny import tiny_backbone
+
+EXAMPLE = torch.zeros(1, 3, 16, 16)
+SPLIT = Candidate("block1", (("block1", 0.5),), code_channels=4, stride=2, bits=3)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    network, (images, labels) = tiny_backbone(10, 16), pictures(200, 0)
+    optimiser = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(25):
+        loss = F.cross_entropy(network(normalise(images)), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return network.eval()
+
+
+@pytest.fixture
+def make(trained, digits_params):
+    cuts = cut_points(trained, EXAMPLE)
+
+    def build(**settings):
+        search = digits_params.search.model_copy(update={"codec_steps": 12, "train_images": 128, "batch_size": 32} | settings)
+        return Evaluator(trained, cuts, pictures(200, 0), pictures(60, 1), search, deployment(cuts), seed=0)
+
+    return build
+
+
+def test_the_whole_backbone_on_the_device_is_the_reference(make, trained):
+    evaluator = make()
+    measured = evaluator.measure(Candidate("output"), 1)
+    assert measured.accuracy == evaluator.reference_accuracy > 0.5
+    assert measured.device_macs == sum(count_macs(trained, EXAMPLE).values())
+    assert measured.device_params == sum(parameter.numel() for parameter in trained.parameters())
+    assert measured.wire_bytes == measured.link_ms == measured.payload_bits == 0
+    largest_activation = 16 * 8 * 16 * 16 // 16
+    assert measured.device_memory_mb == pytest.approx(4 * (measured.device_params + largest_activation) / 1e6)
+
+
+def test_a_split_is_measured_through_symbols_and_coder(make):
+    measured = make().measure(SPLIT, 1)
+    symbols = 4 * 8 * 8
+    assert 0 < measured.payload_bits <= symbols * 3 + 8
+    assert measured.payload_bits / 8 + OVERHEAD_BYTES == pytest.approx(measured.frame_bytes)
+    assert measured.wire_bytes == pytest.approx(measured.frame_bytes + 52)
+    assert measured.total_ms == pytest.approx(measured.device_ms + measured.encode_ms + measured.link_ms + measured.decode_ms + measured.edge_ms)
+    assert measured.link_ms > 1 + 8 * measured.wire_bytes / 1e3
+
+
+def test_a_measurement_depends_on_candidate_and_seed_alone(make):
+    evaluator = make()
+    first = evaluator.measure(SPLIT, 5)
+    evaluator.measure(Candidate("stem.2", (), 2, 1, 1), 6)
+    torch.manual_seed(99)
+    assert evaluator.measure(SPLIT, 5) == first == make().measure(SPLIT, 5)
+    assert evaluator.measure(SPLIT, 6) != first
+
+
+def test_training_a_split_teaches_it(make):
+    untaught, taught = (make(codec_steps=steps).measure(replace(SPLIT, keep=(), bits=6), 1).accuracy for steps in (1, 60))
+    assert taught > untaught
+
+
+def test_measuring_leaves_the_backbone_and_the_random_state_alone(make, trained):
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    evaluator = make()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    evaluator.measure(SPLIT, 1)
+    evaluator.measure(Candidate("output", (("block2", 0.5),)), 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+    assert not trained.training
+
+
+def test_pruning_makes_the_device_half_smaller_and_faster(make):
+    evaluator = make()
+    whole, pruned = (evaluator.measure(Candidate("output", keep), 1) for keep in ((), (("block1", 0.5), ("block2", 0.5))))
+    assert pruned.device_macs < whole.device_macs
+    assert pruned.device_params < whole.device_params
+    assert pruned.device_ms < whole.device_ms
+    assert pruned.energy_mj < whole.energy_mj
+
+
+def test_the_macs_of_a_pruned_half_are_those_of_its_layers(make, trained):
+    evaluator = make()
+    network = build_split(trained, EXAMPLE, "block1", 4, 2, 3, prune(trained, EXAMPLE, evaluator.cuts, SPLIT, 1)[1])
+    assert evaluator.measure(SPLIT, 1).device_macs == sum(count_macs(network.device_half().eval(), EXAMPLE).values())
+
+
+def test_edge_only_sends_webp(make):
+    evaluator = make()
+    lossless, coarse = (evaluator.measure(Candidate("input", quality=quality), 1) for quality in (100, 5))
+    sizes = [len(encode_webp(image.numpy(), 100)) for image in evaluator.validation[0]]
+    assert lossless.payload_bits == pytest.approx(8 * sum(sizes) / len(sizes))
+    assert lossless.accuracy == evaluator.reference_accuracy
+    assert coarse.wire_bytes < lossless.wire_bytes
+    assert lossless.device_params == lossless.device_macs == 0
+
+
+def test_only_what_can_run_is_offered(make):
+    space = make(keep=[0.05, 0.5], code_channels=[2, 12, 64], strides=[1, 4, 8]).space()
+    assert space.codes == {"stem.2": ([2], [1, 4, 8]), "block1": ([2], [1, 4, 8]), "down.2": ([2, 12], [1, 4]), "block2": ([2, 12], [1, 4])}
+    assert space.keep("stem.2") == {}, "the channels at the cut are never pruned"
+    assert space.keep("block1") == {"block1": (0.5, 1.0)}, "0.05 of 8 channels is none"
+    assert space.keep("output")["block2"] == (0.05, 0.5, 1.0)
+
+
+def test_what_is_offered_can_be_measured(make):
+    evaluator = make(codec_steps=1)
+    for cut, (channels, strides) in evaluator.space().codes.items():
+        keep = tuple((block, ratios[0]) for block, ratios in evaluator.legal_keep(cut).items())
+        measured = evaluator.measure(Candidate(cut, keep, channels[-1], strides[-1], 1), 1)
+        assert all(math.isfinite(value) for value in measured.to_dict().values())
+
+
+def test_pruning_a_layer_to_nothing_is_refused(make):
+    with pytest.raises(ModelError, match="without channels"):
+        make().measure(replace(SPLIT, keep=(("block1", 0.01),)), 1)
+
+
+def test_features_too_large_to_keep_give_the_same_measurement(make, monkeypatch):
+    kept = make().measure(SPLIT, 1)
+    monkeypatch.setattr("pipeline.search.evaluator.FEATURE_CACHE_BYTES", 1)
+    fresh = make().measure(SPLIT, 1)
+    assert (fresh.device_macs, fresh.device_params) == (kept.device_macs, kept.device_params)
+    assert fresh.accuracy == pytest.approx(kept.accuracy, abs=0.1)

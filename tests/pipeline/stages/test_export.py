@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.coinference import CoInference, build_split
+from pipeline.errors import CoinferError, Interrupted, ParityError
+from pipeline.params import Params
+from pipeline.parity import check_split, check_whole
+from pipeline.runtime.bundle import Bundle
+from pipeline.runtime.device import DeviceHalf
+from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.preprocess import Preprocessing
+from pipeline.runtime.transport import LoopbackTransport
+from pipeline.search.candidate import Candidate
+from pipeline.stages import export
+from tests.conftest import RecordingTracker
+from tests.pipeline.stages.finetuned import CLASSES, COUNTS, DEVICE_ONLY, EDGE_ONLY, SPLIT, write_finetuned
+from tests.tiny import tiny_backbone as build_tiny
+
+
+def test_split_passes_the_gate_and_becomes_a_bundle_that_answers(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+    candidate = Candidate(**{**SPLIT.__dict__, "keep": (("block1", 0.5),)})
+    paths = write_finetuned(digits_params, candidate)
+    parity = export.run(digits_params, "camera", tracker)
+
+    assert parity["images"] == parity["split"]["frames_exact"] == COUNTS["validation"]
+    assert parity["split"]["symbols"] == COUNTS["validation"] * 4 * 8 * 8
+    assert parity["split"]["symbols_differing"] <= parity["split"]["symbols_allowed"]
+    assert parity["split"]["top1_equal"] == parity["device_only"]["top1_equal"] == 1
+    assert json.loads(paths.parity.read_text()) == parity
+
+    bundle = Bundle.load(paths.bundle)
+    assert bundle.classes == CLASSES
+    assert bundle.manifest["plan"]
+    assert bundle.manifest["candidate"] == candidate.to_dict()
+    assert bundle.manifest["opset"] == 20
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 16, 16), np.uint8)
+    answer = DeviceHalf(bundle).classify(pixels, LoopbackTransport(EdgeHalf(bundle)))
+    assert answer.logits.shape == (3,)
+
+    assert sorted(tracker.models) == ["device", "device-only", "edge"]
+    text = b"".join(path.read_bytes() for path in sorted(paths.bundle.iterdir()))
+    for where in (str(workdir), str(Path(__file__).parents[3])):
+        assert where.encode() not in text
+
+    _gate_refuses_other_weights(paths.bundle, bundle)
+
+
+def _gate_refuses_other_weights(folder: Path, bundle: Bundle) -> None:
+    """Every check of the gate fails where the network is not the one that was exported."""
+    halves = [(folder / name).read_bytes() for name in ("device.onnx", "edge.onnx")]
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    torch.manual_seed(1)
+    other = build_tiny(num_classes=3, image_size=16).eval()
+    example = torch.zeros(2, 3, 16, 16)
+    with pytest.raises(ParityError, match=r"device.onnx gives \d+ of 1024 symbols unlike the trained network.*no bundle is written"):
+        check_split(build_split(other, example, "block1", 4, 2, 3), *halves, bundle.tables, Preprocessing(16), images)
+    with pytest.raises(ParityError, match=r"device-only.onnx gives logits that differ by up to"):
+        check_whole(other, (folder / "device-only.onnx").read_bytes(), "device-only.onnx", Preprocessing(16), images)
+
+
+def test_edge_half_of_other_weights_stops_the_stage_before_a_bundle(
+    workdir: Path, digits_params: Params, tracker: RecordingTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_finetuned(digits_params, SPLIT)
+    halves = export._halves
+
+    def broken(network: CoInference, example: torch.Tensor) -> dict[str, bytes]:
+        exported = halves(network, example)
+        with torch.no_grad():
+            network.tail.get_parameter("head.bias").add_(1)
+        return exported
+
+    monkeypatch.setattr(export, "_halves", broken)
+    with pytest.raises(ParityError, match=r"edge.onnx gives logits that differ by up to 1 .*no bundle is written"):
+        export.run(digits_params, "camera", tracker)
+    assert not paths.bundle.exists()
+    assert not paths.parity.exists()
+
+
+def test_pruned_device_only_bundle_holds_the_pruned_network(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+    paths = write_finetuned(digits_params, Candidate(cut="output", keep=(("block2", 0.5),)))
+    parity = export.run(digits_params, "camera", tracker)
+    assert set(parity) == {"images", "device_only"}
+    bundle = Bundle.load(paths.bundle)
+    assert bundle.kind == "device-only"
+    assert DeviceHalf(bundle).classify_locally(np.zeros((3, 16, 16), np.uint8)).logits.shape == (3,)
+
+
+def test_edge_only_bundle_runs_the_reference_on_the_edge(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+    paths = write_finetuned(digits_params, EDGE_ONLY)
+    export.run(digits_params, "camera", tracker)
+    bundle = Bundle.load(paths.bundle)
+    assert (bundle.kind, bundle.quality) == ("edge-only", 75)
+    assert (paths.bundle / "edge.onnx").read_bytes() == (paths.bundle / "device-only.onnx").read_bytes()
+
+
+def test_missing_weights_say_what_to_run(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+    paths = write_finetuned(digits_params, DEVICE_ONLY)
+    paths.split_weights.unlink()
+    with pytest.raises(CoinferError, match=r"split.safetensors are missing .* run `dvc repro`"):
+        export.run(digits_params, "camera", tracker)
+    paths.split_spec.unlink()
+    with pytest.raises(CoinferError, match="run `dvc repro`"):
+        export.run(digits_params, "camera", tracker)
+
+
+def test_ctrl_c_leaves_no_bundle(workdir: Path, digits_params: Params, tracker: RecordingTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_finetuned(digits_params, SPLIT)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_halves", interrupted)
+    with pytest.raises(Interrupted, match="starts it over"):
+        export.run(digits_params, "camera", tracker)
+    assert not paths.bundle.exists()

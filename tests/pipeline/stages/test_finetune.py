@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.coinference import build_split
+from models.cutting import cut_points, split
+from models.pruning import ChannelPlan, rebuild
+from pipeline.costs.device_profile import CoderTimes, DeviceProfile
+from pipeline.data import load_split
+from pipeline.errors import CoinferError, Interrupted
+from pipeline.files import atomic_write_json
+from pipeline.params import Params
+from pipeline.paths import BACKBONE_WEIGHTS, CHECKPOINTS, DevicePaths
+from pipeline.search.candidate import Candidate
+from pipeline.stages import finetune, prepare, pretrain
+from pipeline.training import Classifier, Distiller, accuracy
+from tests.tiny import tiny_backbone
+
+PATHS = DevicePaths("camera")
+SPLIT = Candidate("down.2", keep=(("block1", 0.5),), code_channels=4, stride=2, bits=2)
+
+
+@pytest.fixture
+def pretrained(workdir: Path, digits_params: Params, tracker: Any) -> Params:
+    prepare.run(digits_params, tracker)
+    pretrain.run(digits_params, tracker)
+    network = tiny_backbone(10, 16)
+    network.load_state_dict(load_file(BACKBONE_WEIGHTS))
+    cuts = cut_points(network.eval(), torch.zeros(1, 3, 16, 16))
+    atomic_write_json(PATHS.cuts, [{**cut.to_dict(), "elements": cut.elements} for cut in cuts])
+    coder = CoderTimes("c", 0.01, 0.001, 0.01, 0.001)
+    DeviceProfile(name="toy", runtime="none", threads=1, machine={"cpu": "toy", "os": "none", "arch": "none"}, coder=coder, backbones={}).save(
+        PATHS.device_profile
+    )
+    tracker.metrics.clear()
+    return digits_params
+
+
+def choose(candidate: Candidate) -> None:
+    atomic_write_json(PATHS.chosen, {"chosen": {"candidate": candidate.to_dict()}})
+
+
+def logged(tracker: Any, name: str) -> list[int | None]:
+    return [step for metrics, step in tracker.metrics if name in metrics]
+
+
+def test_a_split_is_rebuilt_from_what_is_written(pretrained: Params, tracker: Any) -> None:
+    choose(SPLIT)
+    metrics = finetune.run(pretrained, "camera", tracker)
+    assert json.loads(PATHS.finetune_metrics.read_text()) == metrics
+    spec = json.loads(PATHS.split_spec.read_text())
+    assert Candidate.from_dict(spec["candidate"]) == SPLIT
+    plan = ChannelPlan.from_dict(spec["plan"])
+    assert len(plan.kept["block1.conv1"]["out"]) == 4
+
+    backbone = tiny_backbone(10, 16).eval()
+    network = build_split(backbone, torch.zeros(1, 3, 16, 16), SPLIT.cut, 4, 2, 2, plan)
+    network.load_state_dict(load_file(PATHS.split_weights))
+    validation = load_split("validation")
+    assert accuracy(network, validation) == metrics["accuracy_validation_split"] > 0.2
+    backbone.load_state_dict(load_file(PATHS.reference_weights))
+    assert accuracy(backbone, validation) == metrics["accuracy_validation_reference"] >= metrics["accuracy_validation_pretrained"]
+    assert (spec["reference"] == "pretrained") == (PATHS.reference_weights.read_bytes() == BACKBONE_WEIGHTS.read_bytes())
+    assert [line.split(",")[:2] for line in PATHS.finetune_curves.read_text().splitlines()] == [["training", "epoch"], ["split", "1"], ["reference", "1"]]
+    assert logged(tracker, "split_loss") == logged(tracker, "reference_loss") == [1]
+    assert not list(CHECKPOINTS.rglob("*.*"))
+
+
+def test_an_interrupt_in_the_second_training_keeps_the_first(pretrained: Params, tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(SPLIT)
+    finetune.run(pretrained, "camera", tracker)
+    written = {path.name: path.read_bytes() for path in PATHS.split_weights.parent.iterdir()}
+    for name in written:
+        (PATHS.split_weights.parent / name).unlink()
+
+    step = Classifier.training_step
+
+    def interrupted(self: Classifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        if not isinstance(self, Distiller):
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", interrupted)
+    with pytest.raises(Interrupted, match=r"finetune camera, reference was interrupted .* The training of the split is finished and kept\.$"):
+        finetune.run(pretrained, "camera", tracker)
+    assert [path.name for path in CHECKPOINTS.rglob("*.*")] == ["finished.safetensors"]
+
+    def not_again(self: Classifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        assert not isinstance(self, Distiller)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", not_again)
+    finetune.run(pretrained, "camera", tracker)
+    assert {path.name: path.read_bytes() for path in PATHS.split_weights.parent.iterdir()} == written
+
+
+@pytest.mark.parametrize("candidate", [Candidate("input", quality=50), Candidate("output"), Candidate("output", keep=(("block1", 1.0),))])
+def test_without_codec_and_pruning_the_reference_is_the_network(pretrained: Params, tracker: Any, candidate: Candidate) -> None:
+    choose(candidate)
+    metrics = finetune.run(pretrained, "camera", tracker)
+    assert PATHS.split_weights.read_bytes() == PATHS.reference_weights.read_bytes()
+    assert metrics["accuracy_validation_split"] == metrics["accuracy_validation_reference"]
+    assert json.loads(PATHS.split_spec.read_text())["plan"] == {}
+
+
+def test_a_pruned_device_only_network_is_trained_by_the_whole_one(pretrained: Params, tracker: Any) -> None:
+    choose(Candidate("output", keep=(("block2", 0.5),)))
+    metrics = finetune.run(pretrained, "camera", tracker)
+    spec = json.loads(PATHS.split_spec.read_text())
+    head, _ = split(tiny_backbone(10, 16).eval(), torch.zeros(1, 3, 16, 16), "output")
+    pruned = rebuild(head, ChannelPlan.from_dict(spec["plan"]))
+    pruned.load_state_dict(load_file(PATHS.split_weights))
+    assert pruned.get_parameter("block2.conv1.weight").shape == (8, 16, 3, 3)
+    assert accuracy(pruned, load_split("validation")) == metrics["accuracy_validation_split"] > 0.2
+
+
+def test_a_missing_choice_is_named(pretrained: Params, tracker: Any) -> None:
+    with pytest.raises(CoinferError, match=r"artifacts/camera/search/chosen\.json is missing; run `dvc repro`"):
+        finetune.run(pretrained, "camera", tracker)

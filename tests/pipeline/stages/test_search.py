@@ -1,0 +1,140 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.cutting import cut_points
+from pipeline.errors import CoinferError, Interrupted
+from pipeline.params import load_params, parse_params
+from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths, split_file
+from pipeline.search.evaluator import Evaluator
+from pipeline.stages.search import run
+from tests import tiny
+from tests.conftest import ROOT
+from tests.pipeline.search.toy import pictures, profile
+
+PATHS = DevicePaths("camera")
+
+
+@pytest.fixture
+def prepared(workdir, tiny_backbone):
+    """What the stages before would have left."""
+    for path in (DATA_CARD, BACKBONE_WEIGHTS, PATHS.cuts):
+        path.parent.mkdir(parents=True)
+    DATA_CARD.write_text(json.dumps({"classes": list("0123456789"), "image_size": 16, "sha256": {"all": "0"}}))
+    for name, count in (("train", 80), ("validation", 30)):
+        images, labels = pictures(count, seed=count)
+        save_file({"images": images, "labels": labels}, split_file(name))
+    save_file(tiny_backbone.state_dict(), BACKBONE_WEIGHTS)
+    cuts = cut_points(tiny_backbone, torch.zeros(1, 3, 16, 16))
+    PATHS.cuts.write_text(json.dumps([{**cut.to_dict(), "elements": cut.elements, "feature_bytes": 4 * cut.elements} for cut in cuts]))
+    profile(cuts, 20).save(PATHS.device_profile)
+    profile(cuts, 1).save(PATHS.edge_profile)
+    return workdir
+
+
+def outs():
+    return [path.read_bytes() for path in (PATHS.trials, PATHS.pareto, PATHS.chosen)]
+
+
+def with_(fields, **sections):
+    return parse_params({name: fields[name] | sections.get(name, {}) for name in fields})
+
+
+def test_a_search_leaves_trials_pareto_set_and_choice(prepared, digits_params, tracker):
+    found = run(digits_params, "camera", tracker)
+    chosen = json.loads(PATHS.chosen.read_text())
+    assert chosen == found
+    assert chosen["floor"] == pytest.approx(chosen["reference_accuracy"] - 0.9)
+    assert chosen["device_only"]["candidate"]["cut"] == "output"
+    assert chosen["edge_only"]["candidate"]["quality"] in (100, 30)
+    pareto = json.loads(PATHS.pareto.read_text())
+    assert chosen["chosen"]["number"] == pareto["chosen"] == min(pareto["points"], key=lambda p: p["measurement"]["total_ms"])["number"]
+    rows = list(csv.DictReader(PATHS.trials.open()))
+    assert len([row for row in rows if row["state"] != "reused"]) == 3 + digits_params.search.trials
+    assert [int(row["number"]) for row in rows if row["pareto"] == "1"] == [p["number"] for p in pareto["points"]]
+    assert str(prepared) not in "".join(text.decode() for text in outs())
+
+    assert tracker.figures == ["pareto.png"]
+    assert tracker.files == [PATHS.trials, PATHS.pareto, PATHS.chosen]
+    assert len(tracker.children) == len(pareto["points"])
+    assert any("chosen_total_ms" in metrics for metrics, _ in tracker.metrics)
+
+
+def test_a_killed_search_gives_the_same_outs(prepared, digits_params, tracker):
+    with subprocess.Popen([sys.executable, "-c", RUN], env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        while process.poll() is None and not any(path.read_bytes().count(b"\n") >= 3 for path in STUDIES.glob("*/journal.log")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not PATHS.chosen.exists()
+    run(digits_params, "camera", tracker)
+    resumed = outs()
+    assert len(list(STUDIES.iterdir())) == 1, "the killed search was not found again"
+    for journal in STUDIES.glob("*/journal.log"):
+        journal.unlink()
+    run(digits_params, "camera", tracker)
+    assert outs() == resumed
+
+
+RUN = """
+import torch
+from pipeline.params import load_params
+from pipeline.stages.search import run
+from tests.conftest import RecordingTracker
+run(load_params(), "camera", RecordingTracker())
+"""
+
+
+def test_ctrl_c_says_what_is_kept(prepared, digits_params, tracker, monkeypatch):
+    measure = Evaluator.measure
+
+    def interrupted(self, candidate, trial_seed):
+        if candidate.kind == "split":
+            raise KeyboardInterrupt
+        return measure(self, candidate, trial_seed)
+
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    with pytest.raises(Interrupted, match=r"search camera was interrupted: \d+ trials are kept in .*journal.log; `dvc repro` goes on"):
+        run(digits_params, "camera", tracker)
+    monkeypatch.undo()
+    os.chdir(prepared)
+    run(digits_params, "camera", tracker)
+
+
+def test_another_choice_from_the_same_study_measures_nothing(prepared, digits_fields, tracker, monkeypatch):
+    run(with_(digits_fields), "camera", tracker)
+    trials = PATHS.trials.read_text()
+    monkeypatch.setattr(Evaluator, "measure", lambda *_: pytest.fail("measured again"))
+    run(with_(digits_fields, objective={"minimize": "wire_bytes"}), "camera", tracker)
+    assert json.loads(PATHS.chosen.read_text())["chosen"]["measurement"]["wire_bytes"] == 0
+    assert PATHS.trials.read_text() == trials
+
+
+def test_other_inputs_are_another_study(prepared, digits_fields, digits_params, tracker):
+    run(digits_params, "camera", tracker)
+    run(with_(digits_fields, search={"learning_rate": 0.02}), "camera", tracker)
+    torch.manual_seed(1)
+    save_file(tiny.tiny_backbone(10, 16).state_dict(), BACKBONE_WEIGHTS)
+    run(digits_params, "camera", tracker)
+    assert len(list(STUDIES.iterdir())) == 3
+
+
+def test_a_device_too_small_for_everything_names_memory(prepared, digits_fields, tracker):
+    digits_fields["devices"]["camera"]["memory_mb"] = 1e-6
+    with pytest.raises(CoinferError, match=r"none of .* nearest is .* MB of the device's 1e-06 MB \(raise memory_mb\)"):
+        run(parse_params(digits_fields), "camera", tracker)
+    assert not PATHS.chosen.exists()
+
+
+def test_missing_inputs_are_one_sentence(prepared, tracker):
+    PATHS.cuts.unlink()
+    with pytest.raises(CoinferError, match=r"cuts\.json is missing; run `dvc repro`"):
+        run(load_params(), "camera", tracker)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline.data import Batches, DataModule, augmented, load_card, load_split, normalise
+from pipeline.errors import CoinferError, DataError, ParamsError
+from pipeline.params import Finetune
+from pipeline.paths import DATA, split_file
+from pipeline.runtime.preprocess import MEAN, STD, Preprocessing
+
+
+def settings(**fields: object) -> Finetune:
+    return Finetune.model_validate({"epochs": 1, "learning_rate": 0.1, "batch_size": 4, "crop_padding": 2, "flip": True} | fields)
+
+
+def images(count: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator), torch.arange(count) % 3
+
+
+def as_lists(batches: Batches) -> list[tuple[list[float], list[int]]]:
+    return [(x.flatten().tolist(), y.tolist()) for x, y in batches]
+
+
+def test_every_augmented_image_is_a_crop_of_the_reflected_one_perhaps_flipped() -> None:
+    original, _ = images(6)
+    result = augmented(original, torch.arange(6), 2, True, np.random.default_rng(0))
+    assert result.dtype == torch.uint8
+    padded = F.pad(original.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
+    for image, border in zip(result, padded, strict=True):
+        crops = [border[:, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+        assert any(torch.equal(image, crop) or torch.equal(image, crop.flip(2)) for crop in crops)
+
+
+def test_crops_and_flips_differ_from_sample_to_sample() -> None:
+    one, _ = images(1)
+    result = augmented(one, torch.zeros(40, dtype=torch.int64), 2, True, np.random.default_rng(0))
+    assert len({tuple(image.flatten().tolist()) for image in result}) > 20
+
+
+def test_without_padding_and_flip_images_are_left_alone() -> None:
+    original, _ = images(5)
+    assert torch.equal(augmented(original, torch.tensor([3, 1]), 0, False, np.random.default_rng(0)), original[[3, 1]])
+
+
+def test_batches_depend_on_seed_and_epoch_alone() -> None:
+    split = images(14)
+    again = [as_lists(Batches(split, settings(), 1, lambda: 2)) for _ in range(2)]
+    assert again[0] == again[1]
+    assert as_lists(Batches(split, settings(), 1, lambda: 3)) != again[0]
+    assert as_lists(Batches(split, settings(), 2, lambda: 2)) != again[0]
+
+
+def test_batches_also_fix_what_dropout_draws() -> None:
+    def drawn() -> list[float]:
+        return [torch.rand(1).item() for _ in Batches(images(14), settings(), 1, lambda: 0)]
+
+    first = drawn()
+    torch.rand(5)
+    assert drawn() == first
+    assert len(set(first)) == len(first)
+
+
+def test_an_epoch_shows_every_image_at_most_once_and_leaves_out_less_than_a_batch() -> None:
+    split = images(14)[0], torch.arange(14)
+    batches = Batches(split, settings(), 0, lambda: 0)
+    labels = [label for _, y in batches for label in y.tolist()]
+    assert len(batches) == 3
+    assert len(labels) == len(set(labels)) == 12
+
+
+def test_fewer_images_than_a_batch_still_make_one() -> None:
+    assert [len(y) for _, y in Batches(images(3), settings(batch_size=64), 0, lambda: 0)] == [3]
+
+
+def test_normalise_is_what_the_device_does() -> None:
+    original, _ = images(2)
+    assert np.array_equal(normalise(original).numpy(), Preprocessing(8, MEAN, STD).tensor(original.numpy()))
+
+
+def test_a_border_as_wide_as_the_image_is_refused() -> None:
+    with pytest.raises(ParamsError, match="crop_padding is 8"):
+        DataModule(images(4), images(4), settings(crop_padding=8), 0)
+
+
+def test_the_validation_split_comes_whole_and_in_order() -> None:
+    data = DataModule(images(4), images(300), settings(), 0)
+    data.trainer = SimpleNamespace(current_epoch=0)  # type: ignore[assignment]
+    labels = torch.cat([y for _, y in data.val_dataloader()])
+    assert torch.equal(labels, images(300)[1])
+    assert len(data.val_dataloader()) == len(list(data.val_dataloader())) == 2
+
+
+def test_missing_and_damaged_splits_are_named(workdir: object) -> None:
+    with pytest.raises(DataError, match=r"train\.safetensors is missing; run `dvc repro`"):
+        load_split("train")
+    with pytest.raises(CoinferError, match=r"card\.json is missing; run `dvc repro`"):
+        load_card()
+    DATA.mkdir(parents=True)
+    split_file("train").write_bytes(b"not tensors")
+    with pytest.raises(DataError, match=r"train\.safetensors cannot be read"):
+        load_split("train")

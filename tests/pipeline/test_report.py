@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import CoinferError
+from pipeline.paths import DevicePaths
+from pipeline.report import print_report
+
+TIMES = {"device_ms": 5.125, "encode_ms": 0.5, "link_ms": 20.25, "decode_ms": 0.25, "edge_ms": 2.0, "total_ms": 28.25}
+
+
+def mode(label: str, accuracy: float, sends: bool = True) -> dict[str, Any]:
+    sizes = (
+        {"payload_bits": {"mean": 100.8, "p95": 120.0}, "frame_bytes": {"mean": 29.0, "p95": 31.0}, "wire_bytes": {"mean": 81.0, "p95": 83.0}} if sends else {}
+    )
+    return {"label": label, "accuracy": accuracy, "predicted_ms": {part: 2 * ms for part, ms in TIMES.items()}, **sizes}
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DevicePaths:
+    monkeypatch.chdir(tmp_path)
+    paths = DevicePaths("camera")
+    metrics = {
+        "label": "layer2.0 4ch /2 3bit keep 0.75",
+        "chosen": "split",
+        "bundle_id": "00ff",
+        "link": {"rate_mbps": 0.1, "rtt_ms": 10.0},
+        "slowdown": 20.0,
+        "split": mode("split", 0.975),
+        "device_only": mode("device-only", 0.98, sends=False),
+        "edge_only": mode("WebP q75", 0.9612),
+    }
+    spread = {part: {"median": ms, "low": ms, "high": ms} for part, ms in TIMES.items()}
+    timing = {"bundle_id": "00ff", "images": 200, "latency_ms": dict.fromkeys(("split", "device_only", "edge_only"), spread)}
+    paths.metrics.parent.mkdir(parents=True)
+    paths.metrics.write_text(json.dumps(metrics))
+    paths.timing.write_text(json.dumps(timing))
+    return paths
+
+
+def test_report_shows_candidate_accuracy_bytes_ms_by_part_bundle_and_ui(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
+    print_report("camera")
+    out = capsys.readouterr().out
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for line in out.splitlines() if len(cells := line.strip("│┃ ").split("│")) > 1}
+    assert "camera: layer2.0 4ch /2 3bit keep 0.75" in out
+    assert "split (chosen)" in out
+    assert "WebP q75" in out
+    assert rows["accuracy, %"] == ["97.50", "98.00", "96.12"]
+    assert rows["payload, bytes"] == ["12.6", "-", "12.6"]
+    assert rows["on the wire, bytes"] == ["81.0", "-", "81.0"]
+    assert rows["device, ms"][0] == "5.12"
+    assert rows["total, ms"] == ["28.25"] * 3
+    assert rows["predicted total, ms"] == ["56.50"] * 3
+    assert "medians of 200 images over 0.1 Mbit/s with 10 ms round trip, device slowed 20x" in out
+    assert "artifacts/camera/bundle" in out
+    assert "make ui" in out
+    assert max(len(line) for line in out.splitlines()) <= 100
+    assert "\x1b" not in out
+
+
+def test_a_clone_without_measured_times_sees_predicted_ones(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated.timing.unlink()
+    print_report("camera")
+    out = capsys.readouterr().out
+    assert "times:  predicted" in out
+    assert "56.50" in out
+
+
+def test_times_of_another_bundle_are_not_shown(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated.timing.write_text(json.dumps({**json.loads(evaluated.timing.read_text()), "bundle_id": "other"}))
+    print_report("camera")
+    assert "28.25" not in capsys.readouterr().out
+
+
+def test_nothing_evaluated_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CoinferError, match="dvc repro"):
+        print_report("camera")
+
+
+def test_an_older_file_says_what_is_missing(evaluated: DevicePaths) -> None:
+    evaluated.metrics.write_text(json.dumps({"label": "x"}))
+    with pytest.raises(CoinferError, match="--single-item evaluate@camera"):
+        print_report("camera")
+
+
+def test_report_needs_neither_torch_nor_numpy() -> None:
+    code = "import sys, pipeline.report; sys.exit(bool({'torch', 'numpy', 'matplotlib', 'mlflow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
