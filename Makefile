@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 DATA ?=
+WEIGHTS ?=
 NAME ?=
 
 ROOT := $(CURDIR)
@@ -23,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # each stage is a process: without bytecode it would compile torch and mlflow again, some 20 s
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install repro test lint ui cifar10 bench requirements clean
+.PHONY: help install repro test lint ui cifar10 bench readme requirements clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*  ## (.*)/\1|\2/' | awk -F'|' '{ printf "  make %-13s%s\n", $$1, $$2 }'
@@ -59,18 +60,25 @@ lint: $(STAMP)  ## check format, lint and types
 ui: $(STAMP)  ## open the runs in MLflow
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 
-cifar10: $(STAMP)  ## run the pipeline on CIFAR-10; DATA=ARCHIVE or DATA=FOLDER is an image folder (train/CLASS/*, test/CLASS/*)
+cifar10: $(STAMP)  ## run the pipeline on CIFAR-10; DATA=ARCHIVE or DATA=FOLDER is an image folder; WEIGHTS=FILE to start from
 ifneq ($(DATA),)
 	@test -e '$(DATA)' || { echo "DATA=$(DATA) does not exist; give an archive or a folder that holds train/CLASS/* and test/CLASS/*."; exit 1; }
 	@cd examples/cifar10 && rm -rf data data.tmp
 	@if test -d '$(DATA)'; then ln -s "$$(realpath '$(DATA)')" examples/cifar10/data; \
 	else mkdir examples/cifar10/data.tmp && tar -xf '$(DATA)' -C examples/cifar10/data.tmp && mv examples/cifar10/data.tmp examples/cifar10/data; fi
 endif
+ifneq ($(WEIGHTS),)
+	@test -f '$(WEIGHTS)' || { echo "WEIGHTS=$(WEIGHTS) does not exist; give a safetensors file."; exit 1; }
+	@cp '$(WEIGHTS)' examples/cifar10/weights/
+endif
 	@cd examples/cifar10 && export MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(ROOT)/mlflow.db}" && dvc repro && python -m pipeline.cli report
 
 bench: $(STAMP)  ## run benchmarks/NAME.py, which writes results/NAME.json
 	@test -f 'benchmarks/$(NAME).py' || { echo "give NAME, one of: $(sort $(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))"; exit 1; }
 	$(BIN)/python benchmarks/$(NAME).py
+
+readme: $(STAMP)  ## make README's tables and pictures from results/*.json
+	$(BIN)/python benchmarks/readme.py
 
 requirements: $(STAMP)  ## pin the newest releases that pyproject.toml allows
 	$(BIN)/uv pip compile pyproject.toml --upgrade --extra train --extra dev --universal --python-version 3.11 --no-annotate \

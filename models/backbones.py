@@ -18,6 +18,7 @@ from models.cifar import MLP, CifarResNet, cifar_resnet18
 from pipeline.errors import ModelError
 
 OURS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet8": lambda num_classes, image_size: CifarResNet(8, num_classes),
     "resnet20": lambda num_classes, image_size: CifarResNet(20, num_classes),
     "resnet56": lambda num_classes, image_size: CifarResNet(56, num_classes),
     "cifar_resnet18": lambda num_classes, image_size: cifar_resnet18(num_classes),

@@ -123,16 +123,22 @@ def _path(node: fx.Node) -> str:
 
 
 def _block_level(places: list[_Place]) -> list[_Place]:
-    """Input, output, and between two layers that compute MACs one place: the smallest map, at a block's end or else as late as it can be.
+    """Input, output, and between two layers that compute MACs one place: the smallest map, at the end of their block or else as late as it can be.
 
     Normalisation, activation and pooling so go with the layer before them, and a map is kept rather than the vector pooled from it.
     """
     first, last = places[0], places[-1]
-    groups: dict[int, list[_Place]] = {}
-    for place in places:
+    groups: dict[int, list[tuple[int, _Place]]] = {}
+    for position, place in enumerate(places):
         if place.offered and first.macs < place.macs < last.macs:
-            groups.setdefault(place.macs, []).append(place)
-    return [first, *(min(reversed(group), key=lambda p: (not p.is_map, math.prod(p.shape), not p.ends_block)) for group in groups.values()), last]
+            groups.setdefault(place.macs, []).append((position, place))
+
+    def preference(item: tuple[int, _Place]) -> tuple[bool, int, bool, int]:
+        position, place = item
+        # the first block to end in a group is the one that computed; a later one only normalises
+        return not place.is_map, math.prod(place.shape), not place.ends_block, position if place.ends_block else -position
+
+    return [first, *(min(group, key=preference)[1] for group in groups.values()), last]
 
 
 def _parameters(module: fx.GraphModule, node: fx.Node) -> list[nn.Parameter]:

@@ -72,11 +72,20 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "").strip().rstrip(".") or type(error).__name__
 
 
+def _forget(model: nn.Module, own: set[str]) -> None:
+    """Drop what tracing stored on the model (tensors that its forward creates) beside its `own` attributes."""
+    for name in set(vars(model)) - own:
+        delattr(model, name)
+
+
 def _graph(model: nn.Module) -> fx.Graph:
     """The graph of `model`, good in both modes: where a functional layer was handed self.training, the graph reads it when it runs."""
     modes = [(module, module.training) for module in model.modules()]
+    own = set(vars(model))
     try:
-        graph, other = (_Tracer().trace(model.train(training)) for training in (False, True))
+        other = _Tracer().trace(model.train())
+        _forget(model, own)  # or the constants of the second graph would get other names
+        graph = _Tracer().trace(model.eval())
     except Exception as error:  # a forward run on proxies may raise anything
         rule = "its forward must not branch on, loop over or convert tensor values"
         raise ModelError(f"{_name(model)} cannot be traced ({_first_line(error)}); {rule}.") from error
@@ -198,12 +207,16 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
     size = "x".join(map(str, example.shape[1:]))
     if isinstance(model, fx.GraphModule) and model.meta.get("traced_on") == size:
         return model
-    graph = _graph(model)
-    for node in reversed(graph.nodes):
-        if node.target is torch._assert:
-            graph.erase_node(node)
-    _name_calls(model, graph)
-    module = share(model, graph)
+    own = set(vars(model))
+    try:
+        graph = _graph(model)
+        for node in reversed(graph.nodes):
+            if node.target is torch._assert:
+                graph.erase_node(node)
+        _name_calls(model, graph)
+        module = share(model, graph)
+    finally:
+        _forget(model, own)
     _out_of_place(module)
     graph.eliminate_dead_code()
     module.recompile()

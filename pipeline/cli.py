@@ -13,7 +13,9 @@ import typer
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.paths import PARAMS
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split."
+)
 DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under `devices` in params.yaml; the first one by default")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
 

@@ -14,7 +14,7 @@ from pipeline.runtime.coder import HAVE_C
 def describe_machine() -> dict[str, Any]:
     """Processor, cores this process may use, memory in GB (1e9 bytes), operating system, and the versions that matter for speed."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "ram_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "os": platform.system(),
@@ -24,10 +24,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's model as the system names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]  # Arm has no model name
     return next(iter(names), platform.processor() or platform.machine())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import ModelError
 
 OPSET = 20
+MAX_WEIGHTS_BYTES = 2_000_000_000  # protobuf ends at 2 GiB
 
 
 def export_onnx(module: nn.Module, example: Tensor, *, input_name: str, output_name: str) -> bytes:
@@ -28,8 +29,13 @@ def export_onnx(module: nn.Module, example: Tensor, *, input_name: str, output_n
         A checked ONNX model of opset `OPSET`, stripped of what the exporter says about itself and its machine (DESIGN 3).
 
     Raises:
-        ModelError: the half cannot be exported, does not allow other batch sizes, or passes protobuf's 2 GB.
+        ModelError: the half cannot be exported, does not allow other batch sizes, or has weights of more than 2 GB.
     """
+    weights_bytes = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    if weights_bytes > MAX_WEIGHTS_BYTES:
+        raise ModelError(
+            f"the half from {input_name} to {output_name} has {weights_bytes / 1e9:.1f} GB of weights, an ONNX file holds 2; choose a smaller backbone."
+        )
     half = copy.deepcopy(module).eval()
     two = torch.cat([example[:1], example[:1]])  # the exporter takes a batch of one for a constant
     try:
@@ -51,12 +57,9 @@ def export_onnx(module: nn.Module, example: Tensor, *, input_name: str, output_n
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the half from {input_name} to {output_name} cannot be exported to ONNX ({reason}); choose another cut or backbone.") from error
     assert program is not None
-    try:
-        model = program.model_proto
-        _canonicalise(model)
-        data: bytes = model.SerializeToString(deterministic=True)
-    except (ValueError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
-        raise ModelError(f"the half from {input_name} to {output_name} does not fit one ONNX file of 2 GB; choose a smaller backbone.") from error
+    model = program.model_proto
+    _canonicalise(model)
+    data: bytes = model.SerializeToString(deterministic=True)
     onnx.checker.check_model(data, full_check=True)
     return data
 

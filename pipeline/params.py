@@ -32,7 +32,7 @@ class Data(Section):
     source: Literal["digits", "cifar10", "folder"] = Field(description="scikit-learn's digits, torchvision's CIFAR10, or an image folder")
     path: str = Field(min_length=1, description="folder: holds train/CLASS/* and test/CLASS/*; cifar10: where torchvision keeps its files; digits: not read")
     image_size: int = Field(ge=8, le=1024, description="pixels; the shorter side is resized to this, then the centre cropped")
-    validation_fraction: float = Field(0.1, gt=0, le=0.5, description="every 1/fraction-th training image of a class is held out, alternately to validation and gate")
+    validation_fraction: float = Field(0.1, gt=0, le=0.5, description="every 1/fraction-th training image of a class, alternately to validation and gate")
 
 
 class Backbone(Section):
@@ -137,7 +137,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} appears twice", key_node.start_mark)
             seen.add(key)

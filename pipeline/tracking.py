@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -43,12 +44,12 @@ def tracking_uri() -> str:
 
 
 def provenance(stage: str, device: str | None, params_file: Path) -> dict[str, str]:
-    """The tags of a run: stage, device, git commit, hash of the parameters, and a pipeline id that the stages of one `dvc repro` share."""
+    """The tags of a run; `pipeline_id` is shared by the stages of one `dvc repro`, `project` is the folder in the repository."""
     params_hash = hashlib.sha256(params_file.read_bytes()).hexdigest()[:12]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    commit = git.stdout.strip() if git.returncode == 0 else "none"
-    tags = {"stage": stage, "git_commit": commit, "params_hash": params_hash}
-    tags["pipeline_id"] = hashlib.sha256(f"{commit} {params_hash}".encode()).hexdigest()[:12]
+    git = subprocess.run(["git", "rev-parse", "HEAD", "--show-prefix"], capture_output=True, text=True, check=False)
+    commit, project = (*git.stdout.splitlines(), "", "")[:2] if git.returncode == 0 else ("none", "")
+    tags = {"stage": stage, "project": project.rstrip("/") or ".", "git_commit": commit, "params_hash": params_hash}
+    tags["pipeline_id"] = hashlib.sha256(f"{project} {commit} {params_hash}".encode()).hexdigest()[:12]
     if device:
         tags["device"] = device
     return tags
@@ -143,6 +144,8 @@ def stage_run(stage: str, device: str | None, params_file: Path) -> Iterator[Mlf
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # creating tables is no news
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri()
     try:
         mlflow.set_tracking_uri(uri)

@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.coinference import CoInference
 from pipeline.data import EVALUATION_BATCH, DataModule, Split, normalise
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_path, atomic_write_bytes, atomic_write_text
@@ -77,41 +76,6 @@ class Classifier(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.settings.learning_rate, total_steps=steps, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class Distiller(Classifier):
-    """A `network` taught by an unsplit teacher: cross-entropy + `distill_logits` T^2 KL(teacher || student) + `distill_feature` MSE (METHODS 3).
-
-    `teacher` is (head, tail) cut where the student is; a `CoInference` student's decoded feature is compared with the head's, any other
-    student learns from the logits alone. The teacher stays in eval mode, is not trained and not saved.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        teacher: tuple[nn.Module, nn.Module],
-        settings: Training,
-        *,
-        distill_logits: float,
-        distill_feature: float,
-        temperature: float,
-        label_smoothing: float,
-    ) -> None:
-        super().__init__(network, settings, label_smoothing)
-        # A tuple, so that torch does not count the teacher among the weights that are trained, averaged and checkpointed.
-        self.teacher = tuple(part.eval().to(memory_format=torch.channels_last) for part in teacher)
-        self.distill_logits, self.distill_feature, self.temperature = distill_logits, distill_feature, temperature
-
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        head, tail = self.teacher
-        with torch.no_grad():
-            wanted = head(images)
-            teacher_logits = tail(wanted)
-        decoded, logits = self.network.features(images)[1:] if isinstance(self.network, CoInference) else (None, self.network(images))
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        log_student, log_teacher = (F.log_softmax(values.float() / self.temperature, dim=1) for values in (logits, teacher_logits))
-        loss = loss + self.distill_logits * self.temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-        return loss if decoded is None else loss + self.distill_feature * F.mse_loss(decoded, wanted)
 
 
 class _Averaging(WeightAveraging):
@@ -315,7 +279,7 @@ def predict_logits(network: nn.Module, images: Tensor, batch: int = EVALUATION_B
 def accuracy(network: nn.Module, split: Split) -> float:
     """Top-1 share of `split` = (images uint8 (N, 3, S, S), labels (N,)) that `network` gets right."""
     images, labels = split
-    return float((predict_logits(network, images).argmax(1) == labels).float().mean())
+    return int((predict_logits(network, images).argmax(1) == labels).sum()) / len(labels)
 
 
 def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("epoch", "loss", "accuracy_validation")) -> None:

@@ -8,7 +8,7 @@ import itertools
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
@@ -28,6 +28,7 @@ from models.cutting import CutPoint, count_macs, cut_points, segment_modules
 from models.pruning import prune_head
 from pipeline.costs.device_profile import BackboneProfile, Block, CoderTimes, DeviceProfile, Point, Spread, backbone_key, shape_key
 from pipeline.errors import ModelError, ProfileError
+from pipeline.machine import cpu_name
 from pipeline.params import Params
 from pipeline.paths import DATA_CARD, profile_file
 from pipeline.runtime import coder
@@ -71,20 +72,22 @@ class MeasurePlan:
             raise ProfileError(f"the measuring plan {path} is missing; take it from the repository.") from None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ProfileError(f"the measuring plan {path} is wrong ({error}); it holds {', '.join(f.name for f in fields(cls))}.") from None
-        counts = (plan.threads, plan.rounds, plan.repeats, *plan.code_channels, *plan.strides, *plan.coder_symbols, *plan.webp_qualities)
-        if any(not isinstance(n, int) or n < 1 for n in counts) or plan.warmup < 0:
-            raise ProfileError(f"the measuring plan {path} is wrong: counts are whole numbers of 1 or more.")
-        if 1 not in plan.keep or not all(0 < ratio <= 1 for ratio in plan.keep):
-            raise ProfileError(f"the measuring plan {path} is wrong: keep lists fractions above 0 and at most 1, and has 1.")
-        if (
-            len(plan.coder_symbols) != 2
-            or plan.coder_symbols[0] >= plan.coder_symbols[1]
-            or not plan.webp_qualities
-            or not plan.code_channels
-            or not plan.strides
-        ):
-            raise ProfileError(f"the measuring plan {path} is wrong: coder_symbols are a smaller and a larger number, and no grid is empty.")
+        try:
+            plan._check()
+        except (TypeError, ValueError) as error:
+            raise ProfileError(f"the measuring plan {path} is wrong ({error}); compare it with the one in the repository.") from None
         return plan
+
+    def _check(self) -> None:
+        counts = (self.threads, self.rounds, self.repeats, self.warmup + 1, *self.code_channels, *self.strides, *self.coder_symbols, *self.webp_qualities)
+        if any(not isinstance(count, int) or count < 1 for count in counts):
+            raise ValueError("counts are whole numbers of 1 or more, warmup of 0 or more")
+        if 1 not in self.keep or not all(0 < ratio <= 1 for ratio in self.keep):
+            raise ValueError("keep lists fractions above 0 and at most 1, and has 1")
+        if len(self.coder_symbols) != 2 or self.coder_symbols[0] >= self.coder_symbols[1]:
+            raise ValueError("coder_symbols are a smaller and a larger number")
+        if not (self.code_channels and self.strides and self.webp_qualities):
+            raise ValueError("code_channels, strides and webp_qualities name at least one each")
 
 
 def measure_into(params: Params, path: Path) -> DeviceProfile:
@@ -95,15 +98,26 @@ def measure_into(params: Params, path: Path) -> DeviceProfile:
     Raises:
         ProfileError: `path` holds another machine's profile, or is not a profile.
     """
+    plan = MeasurePlan.load(profile_file("measure"))
     known = DeviceProfile.load(path) if path.exists() else None
+    if known:
+        known.merged(replace(known, **_machine(plan)))  # refused now rather than after minutes of measuring
     classes = len(json.loads(DATA_CARD.read_text())["classes"]) if DATA_CARD.exists() else 10
     image_size = params.data.image_size
     model = build_backbone(params.backbone.name, classes, image_size).eval()
     example = torch.zeros(1, 3, image_size, image_size)
-    profile = measure_profile(path.stem, params.backbone.name, model, example, cut_points(model, example), MeasurePlan.load(profile_file("measure")))
+    profile = measure_profile(path.stem, params.backbone.name, model, example, cut_points(model, example), plan)
     merged = known.merged(profile) if known else profile
     merged.save(path)
     return merged
+
+
+def _machine(plan: MeasurePlan) -> dict[str, Any]:
+    return {
+        "runtime": f"onnxruntime {ort.__version__}",
+        "threads": plan.threads,
+        "machine": {"cpu": cpu_name(), "os": platform.system(), "arch": platform.machine()},
+    }
 
 
 def measure_profile(name: str, backbone_name: str, model: nn.Module, example: Tensor, cuts: Sequence[CutPoint], plan: MeasurePlan) -> DeviceProfile:
@@ -158,9 +172,7 @@ def measure_profile(name: str, backbone_name: str, model: nn.Module, example: Te
     )
     return DeviceProfile(
         name=name,
-        runtime=f"onnxruntime {ort.__version__}",
-        threads=plan.threads,
-        machine={"cpu": _cpu_name(), "os": platform.system(), "arch": platform.machine()},
+        **_machine(plan),
         coder=_coder_times(times, plan),
         backbones={backbone_key(backbone_name, image_size): measured},
     )
@@ -339,12 +351,3 @@ def _photo(image_size: int) -> np.ndarray[Any, Any]:
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.clip(np.asarray(coarse, np.float32) + random.normal(0, 6, (image_size, image_size, 3)), 0, 255).astype(np.uint8)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
-    return next((model for model in models if not model.isdigit()), platform.processor() or platform.machine())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from models.cutting import CutPoint, count_macs, split
 from models.pruning import ChannelPlan, prune_head
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.energy import RASPBERRY_PI_4, energy_mj
-from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict
+from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_frame_bytes
 from pipeline.costs.link import Link, wire_bytes
 from pipeline.data import EVALUATION_BATCH, Split, normalise
 from pipeline.errors import ModelError
@@ -36,10 +37,9 @@ from pipeline.search.optuna import Space
 TEMPERATURE = 2.0
 FEATURE_WEIGHT = 1.0
 # The backbone is trained already and only adapts; the codec starts from nothing.
-BACKBONE_RATE = 0.1
-CODED_IMAGES = 512  # what tables are built from, and how many validation images are coded: means do not change beyond
+BACKBONE_RATE = 0.3
+SAMPLE_IMAGES = 512  # for coder tables, batch-norm statistics, and of validation to be coded: means do not change beyond
 FEATURE_CACHE_BYTES = 1 << 30
-REPLY_TIMES = 2  # a reply holds the edge's two times beside the logits, all float32
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ def prune(backbone: nn.Module, example: Tensor, cuts: Sequence[CutPoint], candid
         ModelError: a block the half does not have, or a layer left without channels.
     """
     head, _ = split(backbone, example, candidate.cut)
+    return _prune(head, example, cuts, candidate, channel_block)
+
+
+def _prune(head: nn.Module, example: Tensor, cuts: Sequence[CutPoint], candidate: Candidate, channel_block: int) -> tuple[nn.Module, ChannelPlan]:
     return prune_head(head, example, dict(candidate.keep), layers_up_to(cuts, candidate.cut), channel_block)
 
 
@@ -85,6 +89,7 @@ class Evaluator:
         self.example = torch.zeros(1, 3, *validation[0].shape[2:])
         self._teacher_logits = _batched(self.backbone, self.images)
         self._features: dict[str, Tensor] = {}
+        self._heads: dict[str, nn.Module] = {}
         self._keep: dict[str, dict[str, tuple[float, ...]]] = {}
         self._whole_macs = count_macs(self.backbone, self.example)
         self.reference_accuracy = self._accuracy(self.backbone)
@@ -102,19 +107,46 @@ class Evaluator:
     def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
         """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""
         if cut not in self._keep:
-            head, _ = split(self.backbone, self.example, cut)
             layers = layers_up_to(self.cuts, cut)
             ratios = [ratio for ratio in sorted(self.settings.keep) if ratio < 1]
-            # What the smallest legal ratio leaves standing, a larger one does too, so the search for it is all that costs.
-            smallest = {block: next((ratio for ratio in ratios if self._narrows(head, block, ratio, layers)), 1.0) for block in layers}
-            self._keep[cut] = {block: (*(r for r in ratios if r >= least), 1.0) for block, least in smallest.items() if least < 1}
+            least = self._least_keep(cut, layers, ratios) if ratios else {}
+            self._keep[cut] = {block: (*(ratio for ratio in ratios if ratio >= least[block]), 1.0) for block in layers if block in least}
         return self._keep[cut]
 
-    def _narrows(self, head: nn.Module, block: str, ratio: float, layers: Mapping[str, Sequence[str]]) -> bool:
+    def _least_keep(self, cut: str, layers: Mapping[str, Sequence[str]], ratios: Sequence[float]) -> dict[str, float]:
+        """The smallest legal one of ascending `ratios` for each block that has channels of its own to lose."""
+
+        def kept(ratio: float, blocks: Iterable[str]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+            return prune_head(self._head(cut), self.example, dict.fromkeys(blocks, ratio), layers, self.deployment.device.channel_block)[1].kept
+
+        def alone(block: str) -> float | None:
+            for ratio in ratios:
+                with suppress(ModelError):
+                    return ratio if kept(ratio, [block]) else None
+            return None
+
         try:
-            return bool(prune_head(head, self.example, {block: ratio}, layers, self.deployment.device.channel_block)[1].kept)
-        except ModelError:
-            return False
+            together = kept(ratios[0], layers)
+        except ModelError:  # some block cannot lose so many: ask for each
+            return {block: least for block in layers if (least := alone(block)) is not None}
+        # Asking is slow, so ask once. Layers tied to an earlier block keep the same channels; a block in which all do is asked for by itself.
+        seen: set[tuple[int, ...]] = set()
+        found: dict[str, float] = {}
+        for block, names in layers.items():
+            narrowed = {together[name]["out"] for name in names if "out" in together.get(name, {})}
+            if narrowed - seen or (narrowed and alone(block) is not None):
+                found[block] = ratios[0]
+            seen |= narrowed
+        return found
+
+    def _head(self, cut: str) -> nn.Module:
+        """The device half of the backbone, sharing its weights."""
+        if cut not in self._heads:
+            self._heads[cut], _ = split(self.backbone, self.example, cut)
+        return self._heads[cut]
+
+    def _prune(self, candidate: Candidate) -> tuple[nn.Module, ChannelPlan]:
+        return _prune(self._head(candidate.cut), self.example, self.cuts, candidate, self.deployment.device.channel_block)
 
     def measure(self, candidate: Candidate, trial_seed: int) -> Measurement:
         """Accuracy, sizes and costs of `candidate`: a pure function of it and `trial_seed`.
@@ -140,7 +172,7 @@ class Evaluator:
         return self._measurement(costs, self._accuracy(self.backbone, received), [len(file) for file in files], 0, 4 * images[0].numel())
 
     def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
-        network, _ = prune(self.backbone, self.example, self.cuts, candidate, self.deployment.device.channel_block)
+        network, _ = self._prune(candidate)
         if candidate.keep:
             self._train(network, None, trial_seed)
         costs = self._half_costs(candidate, self._block_macs(network, candidate.cut))
@@ -150,7 +182,7 @@ class Evaluator:
         assert candidate.code_channels is not None
         assert candidate.stride is not None
         assert candidate.bits is not None
-        _, plan = prune(self.backbone, self.example, self.cuts, candidate, self.deployment.device.channel_block)
+        _, plan = self._prune(candidate)
         network = build_split(self.backbone, self.example, candidate.cut, candidate.code_channels, candidate.stride, candidate.bits, plan)
         self._train(network, candidate.cut, trial_seed)
         network.eval()
@@ -163,8 +195,8 @@ class Evaluator:
             with torch.no_grad():
                 symbols = on_device(normalise(part))
                 right += int((on_edge(symbols).argmax(1) == truth).sum())
-            coded.extend(symbols.numpy()[: max(0, CODED_IMAGES - len(coded))])
-        tables = coder.build_tables(_batched(on_device, self.images[:CODED_IMAGES]).numpy(), candidate.bits)
+            coded.extend(symbols.numpy()[: max(0, SAMPLE_IMAGES - len(coded))])
+        tables = coder.build_tables(_batched(on_device, self.images[:SAMPLE_IMAGES]).numpy(), candidate.bits)
         payloads = [len(coder.encode(symbols, tables)) for symbols in coded]
 
         point = next(point for point in self.cuts if point.name == candidate.cut)
@@ -202,7 +234,7 @@ class Evaluator:
                 symbols=symbols,
                 frame_bytes=frame_bytes,
                 quality=quality,
-                reply_bytes=OVERHEAD_BYTES + 4 * (REPLY_TIMES + classes),
+                reply_bytes=reply_frame_bytes(classes),
             )
 
         return with_frame
@@ -266,6 +298,17 @@ class Evaluator:
             torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
+        self._recalibrate(network)
+
+    def _recalibrate(self, network: nn.Module) -> None:
+        """Batch norms' statistics afresh, by the final weights: so few steps leave running ones far behind (METHODS 5)."""
+        network.eval()
+        norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        for layer in norms:
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain mean over what follows
+            layer.train()
+        _batched(network, self.images[:SAMPLE_IMAGES])
         network.eval()
 
     def _batches(self, trial_seed: int) -> Iterator[Tensor]:
@@ -281,7 +324,7 @@ class Evaluator:
         point = next(point for point in self.cuts if point.name == cut)
         needed = 4 * point.elements * len(self.labels)
         if cut not in self._features:
-            head, _ = split(self.backbone, self.example, cut)
+            head = self._head(cut)
             if needed > FEATURE_CACHE_BYTES:
                 with torch.no_grad():
                     return head(normalise(self.images[chosen]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.costs.latency import link_ms
+from pipeline.costs.latency import link_ms, reply_frame_bytes
 from pipeline.costs.link import Link, wire_bytes
 from pipeline.data import load_split
 from pipeline.errors import Interrupted
@@ -19,7 +19,6 @@ from pipeline.paths import DevicePaths
 from pipeline.plots import latency_against_rate, latency_breakdown, write_csv
 from pipeline.runtime.bundle import Bundle
 from pipeline.runtime.device import PARTS, Answer
-from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import OVERHEAD_BYTES
 from pipeline.search.candidate import Candidate
 from pipeline.ways import ask, edges, ways
@@ -109,7 +108,7 @@ def _metrics(bundle: Bundle, search: Mapping[str, Any], settings: Device, answer
         if mode != "device_only":
             frames = [row.frame_bytes for row in rows]
             metrics[mode] |= {"payload_bits": _sizes([8 * (n - OVERHEAD_BYTES) for n in frames]), "frame_bytes": _sizes(frames)}
-            metrics[mode] |= {"wire_bytes": _sizes([wire_bytes(n) for n in frames]), "reply_bytes": OVERHEAD_BYTES + REPLY_TIMES.size + 4 * len(bundle.classes)}
+            metrics[mode] |= {"wire_bytes": _sizes([wire_bytes(n) for n in frames]), "reply_bytes": reply_frame_bytes(len(bundle.classes))}
         metrics[mode]["predicted_ms"] = _predicted(metrics[mode], link)
     return metrics
 

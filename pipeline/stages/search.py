@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 import torch
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,6 +26,7 @@ from pipeline.files import atomic_write_json, atomic_write_text, read_json
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths
 from pipeline.search.evaluator import Deployment, Evaluator
+from pipeline.search.figure import pareto_figure
 from pipeline.search.optuna import search
 from pipeline.search.pareto import MEASURED, OBJECTIVES, Limits, Trial, baselines, cheapest, choose, feasible, non_dominated, point, trials_csv
 
@@ -83,7 +82,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
 
     tracker.log_params({"chosen": chosen.candidate.label()})
     tracker.log_metrics({**common, **{f"chosen_{name}": value for name, value in chosen_point["measurement"].items()}})
-    tracker.log_figure(_figure(trials, limits, chosen, [device_only, edge_only], device), "pareto.png")
+    tracker.log_figure(pareto_figure(trials, limits, chosen, [device_only, edge_only], device), "pareto.png")
     for path in (paths.trials, paths.pareto, paths.chosen):
         tracker.log_file(path)
     for trial in front:
@@ -120,41 +119,3 @@ def _study_key(params: Params, device: str) -> str:
         "versions": [torch.__version__, optuna.__version__],
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _figure(trials: list[Trial], limits: Limits, chosen: Trial, baseline: list[Trial], device: str) -> Figure:
-    """Accuracy against latency, coloured by bytes on the wire; what the limits allow lies above the line and is filled."""
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.subplots()
-    measured = [(trial, trial.measurement) for trial in trials if trial.measurement is not None and trial.duplicate_of is None]
-    allowed = {trial.number for trial in feasible(trials, limits)}
-    scale = Normalize(0.0, max(m.wire_bytes for _, m in measured))
-    for marker, inside in (("o", True), ("x", False)):
-        shown = [m for trial, m in measured if (trial.number in allowed) == inside]
-        label = "within the limits" if inside else "below the floor or too large for the device's memory"
-        across, up = [m.total_ms for m in shown], [100 * m.accuracy for m in shown]
-        dots = axes.scatter(across, up, c=[m.wire_bytes for m in shown], norm=scale, marker=marker, label=label)
-        if inside:
-            figure.colorbar(dots, label="bytes on the wire per image")
-    front = sorted((trial.measurement.total_ms, 100 * trial.measurement.accuracy) for trial in non_dominated(feasible(trials, limits)) if trial.measurement)
-    axes.scatter(
-        [ms for ms, _ in front],
-        [percent for _, percent in front],
-        s=110,
-        facecolors="none",
-        edgecolors="black",
-        linewidths=0.8,
-        label="Pareto set (with bytes)",
-    )
-    axes.axhspan(100 * limits.floor, 100, color="0.94", zorder=0)
-    axes.axhline(100 * limits.floor, color="0.5", linestyle=":", label="accuracy floor")
-    for trial, marker, name in ((chosen, "*", "chosen"), *zip(baseline, ("s", "D"), ("device-only", "edge-only"), strict=True)):
-        assert trial.measurement is not None
-        across, up = [trial.measurement.total_ms], [100 * trial.measurement.accuracy]
-        axes.scatter(across, up, s=190, marker=marker, facecolors="none", edgecolors="#D55E00", linewidths=1.6, label=f"{name}: {trial.candidate.label()}")
-    axes.set_xscale("log")
-    axes.set_xlabel("predicted latency per image, ms")
-    axes.set_ylabel("top-1 accuracy on validation, %")
-    axes.set_title(f"{device}: {len(measured)} candidates measured", fontsize="medium")
-    axes.legend(fontsize="x-small", loc="lower right")
-    return figure

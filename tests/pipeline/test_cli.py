@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def coinfer(*arguments, cwd, code="from pipeline.cli import main; main()"):
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, check=False
+    )
 
 
 def test_an_unknown_device_is_one_sentence(workdir):
@@ -32,7 +34,9 @@ def test_a_report_before_any_run_says_what_to_run(workdir):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("command", ["prepare", "pretrain", "profile", "search", "finetune", "export", "evaluate", "report", "measure", "params", "edge", "device"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "pretrain", "profile", "search", "finetune", "export", "evaluate", "report", "measure", "params", "edge", "device"]
+)
 def test_every_command_has_help(command, workdir):
     run = coinfer(command, "--help", cwd=workdir)
     assert run.returncode == 0

@@ -105,3 +105,10 @@ def test_a_half_that_cannot_be_exported_is_one_sentence() -> None:
     with pytest.raises(ModelError, match="the half from image to logits cannot be exported") as caught:
         export_onnx(Stubborn(), torch.zeros(1, 3), input_name="image", output_name="logits")
     assert "\n" not in str(caught.value)
+
+
+def test_weights_too_large_for_one_file_are_refused_before_the_export() -> None:
+    with torch.device("meta"):
+        module = nn.Linear(30_000, 20_000)
+    with pytest.raises(ModelError, match=r"2.4 GB of weights"):
+        export_onnx(module, torch.zeros(1, 30_000), input_name="image", output_name="logits")

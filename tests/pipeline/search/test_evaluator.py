@@ -79,6 +79,13 @@ def test_training_a_split_teaches_it(make):
     assert taught > untaught
 
 
+def test_batch_norms_know_the_final_weights(make, monkeypatch):
+    evaluator = make()
+    recalibrated = evaluator.measure(SPLIT, 1).accuracy
+    monkeypatch.setattr(Evaluator, "_recalibrate", lambda self, network: network.eval())
+    assert recalibrated > evaluator.measure(SPLIT, 1).accuracy
+
+
 def test_measuring_leaves_the_backbone_and_the_random_state_alone(make, trained):
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     evaluator = make()

@@ -1,13 +1,15 @@
 """The profile stage: cuts with their sizes, and profiles of device and edge."""
 
 import json
+import platform
 import shutil
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models.cutting import CutPoint
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.measure import measure_into
 from pipeline.errors import CoinferError, ProfileError
@@ -16,6 +18,7 @@ from pipeline.paths import DATA_CARD, DevicePaths
 from pipeline.stages import profile
 
 PATHS = DevicePaths("camera")
+KEY = "tests.tiny:tiny_backbone@3x16x16"
 PLAN = {
     "threads": 1,
     "rounds": 1,
@@ -29,11 +32,16 @@ PLAN = {
 }
 
 
+def prepare(folder: Path) -> None:
+    (folder / DATA_CARD).parent.mkdir(parents=True)
+    (folder / DATA_CARD).write_text(json.dumps({"classes": [str(digit) for digit in range(10)]}))
+    (folder / "profiles").mkdir(exist_ok=True)
+    (folder / "profiles" / "measure.json").write_text(json.dumps(PLAN))
+
+
 @pytest.fixture
 def prepared(workdir: Path) -> Path:
-    DATA_CARD.parent.mkdir(parents=True)
-    DATA_CARD.write_text(json.dumps({"classes": [str(digit) for digit in range(10)]}))
-    (workdir / "profiles" / "measure.json").write_text(json.dumps(PLAN))
+    prepare(workdir)
     return workdir
 
 
@@ -49,36 +57,53 @@ def test_this_machine_is_measured_for_a_backbone_nobody_profiled(prepared: Path,
     assert [row["name"] for row in rows][:: len(rows) - 1] == ["input", "output"]
     assert rows[0]["feature_bytes"] == 3 * 16 * 16
     assert rows[1]["feature_bytes"] == 4 * rows[1]["elements"]
-    assert [CutPoint.from_dict({key: value for key, value in row.items() if key not in ("elements", "feature_bytes")}).to_dict()["name"] for row in rows]
 
     device, edge = DeviceProfile.load(PATHS.device_profile), DeviceProfile.load(PATHS.edge_profile)
-    (key,) = device.backbones
-    assert key == "tests.tiny:tiny_backbone@3x16x16"
+    (measured,) = edge.backbones.values()
+    assert list(device.backbones) == list(edge.backbones) == [KEY]
     assert (device.slowdown, edge.slowdown) == (3, 1)
-    assert device.backbones[key].full.median_ms == pytest.approx(3 * edge.backbones[key].full.median_ms, rel=1e-3)
-    assert [block.name for block in edge.backbones[key].blocks] == [row["name"] for row in rows[1:]]
-    narrow, whole = edge.backbones[key].blocks[1].points
-    assert narrow.macs < 0.6 * whole.macs
-    assert edge.backbones[key].blocks[1].points[-1].macs == rows[2]["macs"] - rows[1]["macs"]
-    assert set(edge.backbones[key].encoder) == set(edge.backbones[key].decoder) >= {"8x16x16", "16x8x8"}
+    assert device.backbones[KEY].full.median_ms == pytest.approx(3 * measured.full.median_ms, rel=1e-3)
+    assert [block.name for block in measured.blocks] == [row["name"] for row in rows[1:]]
+    assert [block.points[-1].macs for block in measured.blocks] == [after["macs"] - before["macs"] for before, after in pairwise(rows)]
+    assert [block.points[0].macs < 0.6 * block.points[-1].macs for block in measured.blocks if len(block.shape) == 3] == [True] * (len(rows) - 2)
+    assert set(measured.encoder) == set(measured.decoder) == {"8x16x16", "16x8x8"}
     assert "cuts.png" in tracker.figures
     assert PATHS.device_profile in tracker.files
 
     text = PATHS.device_profile.read_text()
     assert str(Path.cwd()) not in text
-    assert __import__("platform").node() not in text
+    assert platform.node() not in text
 
 
 def test_a_committed_profile_gives_the_same_bytes_every_time(prepared: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
     params = with_device(digits_fields, profile="bench", edge_profile="bench", slowdown=20)
-    measure_into(params, Path("profiles/bench.json"))
+    assert set(measure_into(params, Path("profiles/bench.json")).backbones) == {KEY}
     runs = []
     for _ in range(2):
         shutil.rmtree(PATHS.root, ignore_errors=True)
         profile.run(params, "camera", tracker)
         runs.append([path.read_bytes() for path in (PATHS.cuts, PATHS.device_profile, PATHS.edge_profile)])
     assert runs[0] == runs[1]
-    assert DeviceProfile.load(PATHS.device_profile).name == "bench"
+    assert DeviceProfile.load(PATHS.device_profile).slowdown == 20
+
+
+def test_a_profile_of_another_machine_is_not_extended(prepared: Path, digits_params: Params) -> None:
+    path = Path("profiles/xeon.json")
+    replace(DeviceProfile.load(path), threads=7).save(path)
+    before = path.read_bytes()
+    with pytest.raises(ProfileError, match=r"profile xeon has .* but this measurement .*; measure into another file"):
+        measure_into(digits_params, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"rounds": 0}, {"keep": [0.5]}, {"keep": [1, 2]}, {"coder_symbols": [64]}, {"strides": []}, {"speed": 1}, {"keep": 1}, {"warmup": "no"}]
+)
+def test_a_measuring_plan_that_cannot_be_followed_is_refused(prepared: Path, digits_params: Params, change: dict[str, Any]) -> None:
+    Path("profiles/measure.json").write_text(json.dumps({**PLAN, **change}))
+    with pytest.raises(ProfileError, match=r"the measuring plan profiles/measure.json is wrong"):
+        measure_into(digits_params, Path("profiles/new.json"))
+    assert not Path("profiles/new.json").exists()
 
 
 def test_a_profile_without_this_backbone_says_how_to_get_it(prepared: Path, digits_fields: dict[str, Any], tracker: Any) -> None:

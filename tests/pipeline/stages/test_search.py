@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from pipeline.search.evaluator import Evaluator
 from pipeline.stages.search import run
 from tests import tiny
 from tests.conftest import ROOT
+from tests.pipeline.search.fakes import measurement
 from tests.pipeline.search.toy import pictures, profile
 
 PATHS = DevicePaths("camera")
@@ -57,7 +59,7 @@ def test_a_search_leaves_trials_pareto_set_and_choice(prepared, digits_params, t
     assert chosen["edge_only"]["candidate"]["quality"] in (100, 30)
     pareto = json.loads(PATHS.pareto.read_text())
     assert chosen["chosen"]["number"] == pareto["chosen"] == min(pareto["points"], key=lambda p: p["measurement"]["total_ms"])["number"]
-    rows = list(csv.DictReader(PATHS.trials.open()))
+    rows = list(csv.DictReader(io.StringIO(PATHS.trials.read_text())))
     assert len([row for row in rows if row["state"] != "reused"]) == 3 + digits_params.search.trials
     assert [int(row["number"]) for row in rows if row["pareto"] == "1"] == [p["number"] for p in pareto["points"]]
     assert str(prepared) not in "".join(text.decode() for text in outs())
@@ -93,32 +95,47 @@ run(load_params(), "camera", RecordingTracker())
 """
 
 
-def test_ctrl_c_says_what_is_kept(prepared, digits_params, tracker, monkeypatch):
-    measure = Evaluator.measure
+@pytest.fixture
+def quick(monkeypatch):
+    """Candidates measured by a formula; gives the list of those asked for."""
+    asked = []
 
-    def interrupted(self, candidate, trial_seed):
-        if candidate.kind == "split":
-            raise KeyboardInterrupt
-        return measure(self, candidate, trial_seed)
+    def measure(self, candidate, trial_seed):
+        asked.append(candidate)
+        return measurement(1.0, 5.0 + (candidate.quality or 40), float(candidate.quality or 0))
 
-    monkeypatch.setattr(Evaluator, "measure", interrupted)
-    with pytest.raises(Interrupted, match=r"search camera was interrupted: \d+ trials are kept in .*journal.log; `dvc repro` goes on"):
-        run(digits_params, "camera", tracker)
-    monkeypatch.undo()
-    os.chdir(prepared)
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    return asked
+
+
+def test_ctrl_c_says_what_is_kept(prepared, digits_params, tracker, quick, monkeypatch):
+    with monkeypatch.context() as patch:
+        measure = Evaluator.measure
+
+        def interrupted(self, candidate, trial_seed):
+            if len(quick) == 4:
+                raise KeyboardInterrupt
+            return measure(self, candidate, trial_seed)
+
+        patch.setattr(Evaluator, "measure", interrupted)
+        with pytest.raises(Interrupted, match=r"search camera was interrupted: \d+ trials are kept in .*journal.log; `dvc repro` goes on"):
+            run(digits_params, "camera", tracker)
+    assert not PATHS.chosen.exists()
+    before = list(quick)
     run(digits_params, "camera", tracker)
+    assert not set(before) & set(quick[len(before) :])
 
 
-def test_another_choice_from_the_same_study_measures_nothing(prepared, digits_fields, tracker, monkeypatch):
+def test_another_choice_from_the_same_study_measures_nothing(prepared, digits_fields, tracker, quick):
     run(with_(digits_fields), "camera", tracker)
-    trials = PATHS.trials.read_text()
-    monkeypatch.setattr(Evaluator, "measure", lambda *_: pytest.fail("measured again"))
+    trials, measured = PATHS.trials.read_text(), len(quick)
     run(with_(digits_fields, objective={"minimize": "wire_bytes"}), "camera", tracker)
     assert json.loads(PATHS.chosen.read_text())["chosen"]["measurement"]["wire_bytes"] == 0
     assert PATHS.trials.read_text() == trials
+    assert len(quick) == measured
 
 
-def test_other_inputs_are_another_study(prepared, digits_fields, digits_params, tracker):
+def test_other_inputs_are_another_study(prepared, digits_fields, digits_params, tracker, quick):
     run(digits_params, "camera", tracker)
     run(with_(digits_fields, search={"learning_rate": 0.02}), "camera", tracker)
     torch.manual_seed(1)
@@ -127,7 +144,7 @@ def test_other_inputs_are_another_study(prepared, digits_fields, digits_params, 
     assert len(list(STUDIES.iterdir())) == 3
 
 
-def test_a_device_too_small_for_everything_names_memory(prepared, digits_fields, tracker):
+def test_a_device_too_small_for_everything_names_memory(prepared, digits_fields, tracker, quick):
     digits_fields["devices"]["camera"]["memory_mb"] = 1e-6
     with pytest.raises(CoinferError, match=r"none of .* nearest is .* MB of the device's 1e-06 MB \(raise memory_mb\)"):
         run(parse_params(digits_fields), "camera", tracker)

@@ -1,0 +1,106 @@
+"""The figures of one finished pipeline run, read from what it left: metrics, timing, parity and MLflow."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import time
+from typing import Any
+
+import mlflow
+
+from benchmarks.results_file import figure
+from pipeline.data import load_card
+from pipeline.files import read_json
+from pipeline.params import load_params
+from pipeline.paths import BACKBONE_METRICS, DATA_CARD, PARAMS, DevicePaths
+from pipeline.tracking import EXPERIMENT, provenance, tracking_uri
+
+STAGES = ("prepare", "pretrain", "profile", "search", "finetune", "export", "evaluate")
+
+
+def timed(*command: str) -> float:
+    """Seconds that `command` takes; its output goes where ours goes."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - start
+
+
+def stage_seconds() -> dict[str, float]:
+    """Stage -> seconds of its latest finished MLflow run of this working copy."""
+    client = mlflow.MlflowClient(tracking_uri())
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    found: dict[str, float] = {}
+    for stage in STAGES:
+        wanted = f"tags.stage = '{stage}' and tags.project = '{provenance(stage, None, PARAMS)['project']}' and attributes.status = 'FINISHED'"
+        runs = client.search_runs([experiment.experiment_id], wanted, order_by=["attributes.start_time DESC"])
+        runs = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        if runs:
+            found[stage] = (runs[0].info.end_time - runs[0].info.start_time) / 1e3
+    return found
+
+
+def collect(device: str, repro_s: float | None, noop_repro_s: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, str], list[int]]:
+    """(figures, raw, dataset, seeds) of the run in the current directory."""
+    params, paths = load_params(), DevicePaths(device)
+    metrics, timing, parity = (read_json(path, "an out of the pipeline") for path in (paths.metrics, paths.timing, paths.parity))
+    tuned, chosen = read_json(paths.finetune_metrics, "the fine-tuning"), read_json(paths.chosen, "the chosen candidate")
+    link, n = metrics["link"], metrics["images"]
+    where = f"{link['rate_mbps']:g} Mbit/s, {link['rtt_ms']:g} ms round trip, device slowed {metrics['slowdown']:g}x, edge {metrics['edge_slowdown']:g}x"
+    split = metrics.get("split")
+    seconds = stage_seconds()
+    figures = {
+        "accuracy_reference": figure(
+            metrics["device_only"]["accuracy"],
+            "share",
+            "top-1 on the test images of the unsplit backbone, the better on validation of pretrained and given the split's extra epochs",
+            n=n,
+        ),
+        "accuracy_split": figure(split and split["accuracy"], "share", "top-1 on the test images through both ONNX halves in two processes", n=n),
+        "accuracy_edge_only": figure(metrics["edge_only"]["accuracy"], "share", metrics["edge_only"]["label"], n=n),
+        "payload_bits_mean": figure(split and split["payload_bits"]["mean"], "bit", "coded symbols of a test image, after the coder's flush", n=n),
+        "frame_bytes_mean": figure(split and split["frame_bytes"]["mean"], "byte", "payload with our header and checksum", n=n),
+        "frame_bytes_p95": figure(split and split["frame_bytes"]["p95"], "byte", "the same, 95th percentile", n=n),
+        "wire_bytes_mean": figure(split and split["wire_bytes"]["mean"], "byte", "the same with TCP/IP headers", n=n),
+        "webp_wire_bytes_mean": figure(metrics["edge_only"]["wire_bytes"]["mean"], "byte", metrics["edge_only"]["label"], n=n),
+        "parity_top1": figure(
+            parity.get("split", parity["device_only"])["top1_equal"],
+            "share",
+            "validation images with equal top-1 in torch and through the ONNX chain",
+            n=parity["images"],
+        ),
+    }
+    for way, parts in timing["latency_ms"].items():
+        total = parts["total_ms"]
+        figures[f"latency_ms.{way}"] = figure(
+            total["median"], "ms", f"median and quartiles, two processes over loopback: {where}", n=timing["images"], spread=(total["low"], total["high"])
+        )
+        figures[f"predicted_over_measured.{way}"] = figure(
+            timing["predicted_over_measured"][way], "ratio", "predicted total over the measured median", n=timing["images"]
+        )
+    figures["predicted_over_measured"] = figures.get("predicted_over_measured.split", figures["predicted_over_measured.device_only"])
+    figures["repro_s"] = figure(
+        repro_s if repro_s is not None else sum(seconds.values()), "s", "`dvc repro`, nothing cached" if repro_s is not None else "sum of the stages"
+    )
+    figures["noop_repro_s"] = figure(noop_repro_s, "s", "`make repro` (or its like) with nothing to do")
+    figures |= {f"stage_s.{stage}": figure(value, "s", "length of the stage's MLflow run, without process start") for stage, value in seconds.items()}
+    with paths.trials.open(newline="") as file:
+        trials = list(csv.DictReader(file))
+    with (paths.plots / "latency_vs_rate.csv").open(newline="") as file:
+        rates = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    raw = {
+        "candidate": metrics["candidate"],
+        "label": metrics["label"],
+        "metrics": metrics,
+        "finetune": tuned,
+        "pretrain": read_json(BACKBONE_METRICS, "the pretraining"),
+        "parity": parity,
+        "search": {key: chosen[key] for key in ("chosen", "device_only", "edge_only", "reference_accuracy", "floor")},
+        "trials": trials,
+        "latency_vs_rate": rates,
+        "timing": {key: timing[key] for key in ("latency_ms", "raw", "images", "warmup_images", "threads")},
+        "params": params.model_dump(),
+    }
+    card = read_json(DATA_CARD, "the data card")
+    return figures, raw, {"source": params.data.source, "hash": load_card().sha256, "counts": str(card["counts"])}, [params.run.seed]

@@ -1,0 +1,109 @@
+"""Writes the tables between the markers in README.md and the pictures beside results/*.json from those files: `make readme`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.results_file import RESULTS, ROOT
+from pipeline.files import atomic_path, atomic_write_text
+from pipeline.plots import latency_against_rate, latency_breakdown
+from pipeline.search.candidate import Candidate, Measurement
+from pipeline.search.figure import pareto_figure
+from pipeline.search.pareto import Limits, Trial
+
+BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20"}
+WAYS = ("split", "device_only", "edge_only")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The Markdown table of one results file."""
+    metrics, latency = results["raw"]["metrics"], results["raw"]["timing"]["latency_ms"]
+    ways = [way for way in WAYS if way in metrics]
+    link = metrics["link"]
+    figures = {key: value["value"] for key, value in results["figures"].items()}
+    lines = [
+        f"{results['dataset']['name']}, {results['raw']['params']['backbone']['name']}, {metrics['images']} test images; chosen: **{metrics['label']}**; "
+        f"{link['rate_mbps']:g} Mbit/s, {link['rtt_ms']:g} ms round trip, device {metrics['slowdown']:g} times slower than one core of the machine below.",
+        "",
+        f"| per image | {' | '.join(metrics[way]['label'] for way in ways)} |",
+        f"|---|{'---:|' * len(ways)}",
+        "| top-1 accuracy, % | " + " | ".join(f"{100 * metrics[way]['accuracy']:.2f}" for way in ways) + " |",
+        "| payload, bytes (mean) | "
+        + " | ".join(f"{metrics[way]['payload_bits']['mean'] / 8:.1f}" if "payload_bits" in metrics[way] else "-" for way in ways)
+        + " |",
+        "| on the wire, bytes (mean) | "
+        + " | ".join(f"{metrics[way]['wire_bytes']['mean']:.1f}" if "wire_bytes" in metrics[way] else "-" for way in ways)
+        + " |",
+    ]
+    for part in ("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "total_ms"):
+        lines.append(f"| {part.removesuffix('_ms')}, ms (median) | " + " | ".join(f"{latency[way][part]['median']:.2f}" for way in ways) + " |")
+    lines.append("| predicted total, ms | " + " | ".join(f"{metrics[way]['predicted_ms']['total_ms']:.2f}" for way in ways) + " |")
+    machine = results["machine"]
+    lines += [
+        "",
+        f"`dvc repro` took {figures['repro_s']:.0f} s, a second one {figures['noop_repro_s']:.1f} s, on {machine['cores']} cores of {machine['cpu']} "
+        f"(commit {results['commit'][:8]}, {results['date']}, seed {', '.join(map(str, results['seeds']))}).",
+    ]
+    return "\n".join(lines)
+
+
+def _trial(row: dict[str, str]) -> Trial:
+    """A row of trials.csv."""
+    candidate = {field.name: int(row[field.name]) if row[field.name] else None for field in fields(Candidate) if field.name not in ("cut", "keep")}
+    measured = {field.name: float(row[field.name]) for field in fields(Measurement)} if row["accuracy"] else None
+    return Trial(
+        int(row["number"]),
+        Candidate.from_dict({**candidate, "cut": row["cut"], "keep": json.loads(row["keep"])}),
+        Measurement(**measured) if measured else None,  # type: ignore[arg-type]
+        int(row["duplicate_of"]) if row["duplicate_of"] else None,
+    )
+
+
+def pictures(name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """File name -> figure."""
+    raw = results["raw"]
+    metrics, measured = raw["metrics"], raw["timing"]["latency_ms"]
+    ways = [way for way in WAYS if way in measured]
+    title = f"{results['dataset']['name']}, {raw['params']['backbone']['name']}"
+    medians = {way: {part: spread["median"] for part, spread in measured[way].items()} for way in ways}
+    rates = [row["rate_mbps"] for row in raw["latency_vs_rate"]]
+    totals = {way: [row[way] for row in raw["latency_vs_rate"]] for way in ways}
+    found = {trial.number: trial for trial in map(_trial, raw["trials"])}
+    marked = [found[raw["search"][way]["number"]] for way in ("chosen", "device_only", "edge_only")]
+    limits = Limits(raw["search"]["floor"], raw["params"]["devices"]["camera"]["memory_mb"])
+    return {
+        f"{name}-latency.png": latency_breakdown(medians, f"{title}: measured medians"),
+        f"{name}-rate.png": latency_against_rate(rates, totals, metrics["link"]["rate_mbps"], f"{title}: predicted, {metrics['label']}"),
+        f"{name}-search.png": pareto_figure(list(found.values()), limits, marked[0], marked[1:], title),
+    }
+
+
+def readme(text: str) -> str:
+    """`text` with every block between markers made afresh."""
+    for block, name in BLOCKS.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        results = json.loads(path.read_text())
+        images = " ".join(f"![{kind}](results/{name}-{kind}.png)" for kind in ("search", "latency", "rate"))
+        body = f"{table(results)}\n\n{images}"
+        text = re.sub(rf"(<!-- results:{block} -->\n).*?(<!-- /results -->)", lambda found: f"{found[1]}{body}\n{found[2]}", text, flags=re.S)  # noqa: B023
+    return text
+
+
+if __name__ == "__main__":
+    target = ROOT / "README.md"
+    atomic_write_text(target, readme(target.read_text()))
+    for name in BLOCKS.values():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            for file, picture in pictures(name, json.loads(path.read_text())).items():
+                with atomic_path(RESULTS / file) as temporary:
+                    picture.savefig(temporary, format="png", dpi=110, metadata={"Software": None})

@@ -1,0 +1,42 @@
+"""Writes results/NAME.json in the one form all benchmarks share (figures with unit, count, spread and how; machine, commit, data, raw samples)."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import atomic_write_json
+from pipeline.machine import describe_machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+
+
+def figure(value: float | None, unit: str, how: str, *, n: int = 1, spread: tuple[float, float] | None = None) -> dict[str, Any]:
+    """One number with what it takes to read it; None where it could not be had, with the reason in `how`."""
+    return {"value": value, "unit": unit, "n": n, "spread": list(spread) if spread else None, "how": how}
+
+
+def write(name: str, *, dataset: dict[str, str], seeds: list[int], figures: dict[str, Any], raw: dict[str, Any]) -> Path:
+    """Write results/`name`.json whole and return its path."""
+    machine = describe_machine()
+    machine["versions"] |= {package: version(package) for package in ("torch", "torchvision", "lightning", "optuna", "dvc", "mlflow")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    path = RESULTS / f"{name}.json"
+    atomic_write_json(
+        path,
+        {
+            "name": name,
+            "commit": commit,
+            "date": datetime.date.today().isoformat(),
+            "machine": machine,
+            "dataset": dataset,
+            "seeds": seeds,
+            "figures": figures,
+            "raw": raw,
+        },
+    )
+    return path

@@ -1,0 +1,56 @@
+"""The picture of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from pipeline.search.pareto import Limits, Trial, feasible, non_dominated
+
+
+def pareto_figure(trials: Sequence[Trial], limits: Limits, chosen: Trial, baselines: Sequence[Trial], device: str) -> Figure:
+    """Accuracy against latency, coloured by bytes on the wire; dots are within the limits, crosses are not, the accuracies allowed are shaded.
+
+    `chosen` and `baselines` (device-only, edge-only) are measured trials and get marks of their own.
+    """
+    figure = Figure(figsize=(7.5, 5.6), layout="constrained")
+    axes = figure.subplots()
+    measured = [(trial, trial.measurement) for trial in trials if trial.measurement is not None and trial.duplicate_of is None]
+    allowed = {trial.number for trial in feasible(trials, limits)}
+    scale = PowerNorm(0.5, 0.0, max(m.wire_bytes for _, m in measured))  # a lossless image would leave all else one colour
+    for marker, inside in (("o", True), ("x", False)):
+        shown = [m for trial, m in measured if (trial.number in allowed) == inside]
+        if not shown:
+            continue
+        label = "within the limits" if inside else "below the floor or too large for the device's memory"
+        across, up = [m.total_ms for m in shown], [100 * m.accuracy for m in shown]
+        dots = axes.scatter(across, up, c=[m.wire_bytes for m in shown], norm=scale, marker=marker, label=label)
+        if inside:
+            figure.colorbar(dots, label="bytes on the wire per image")  # `chosen` is one of these
+    front = sorted((trial.measurement.total_ms, 100 * trial.measurement.accuracy) for trial in non_dominated(feasible(trials, limits)) if trial.measurement)
+    axes.scatter(
+        [ms for ms, _ in front],
+        [percent for _, percent in front],
+        s=110,
+        facecolors="none",
+        edgecolors="black",
+        linewidths=0.8,
+        label="Pareto set (with bytes)",
+    )
+    axes.axhspan(100 * limits.floor, 100, color="0.94", zorder=0)
+    axes.axhline(100 * limits.floor, color="0.5", linestyle=":", label="accuracy floor")
+    for trial, marker, name in ((chosen, "*", "chosen"), *zip(baselines, ("s", "D"), ("device-only", "edge-only"), strict=True)):
+        assert trial.measurement is not None
+        across, up = [trial.measurement.total_ms], [100 * trial.measurement.accuracy]
+        axes.scatter(across, up, s=120, marker=marker, facecolors="none", edgecolors="#D55E00", linewidths=1.6, label=f"{name}: {trial.candidate.label()}")
+    axes.set_xscale("log")
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(ScalarFormatter())
+    axes.set_xlabel("predicted latency per image, ms")
+    axes.set_ylabel("top-1 accuracy on validation, %")
+    axes.set_title(f"{device}: {len(measured)} candidates measured", fontsize="medium")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
+    return figure
