@@ -1,0 +1,60 @@
+"""The whole pipeline through DVC, small: two fresh clones agree byte for byte, and a second run has nothing to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_clone(folder: Path) -> Path:
+    """What a fresh clone of this working tree holds, with parameters that run in seconds."""
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock" and not name.startswith(("examples/", "results/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["run"]["threads"] = 1
+    params["pretrain"]["epochs"] = params["finetune"]["epochs"] = 1
+    params["search"] |= {"trials": 2, "codec_steps": 2, "train_images": 64, "webp_qualities": [100], "keep": [0.5, 1.0]}
+    params["objective"]["max_accuracy_drop"] = 0.9
+    params["evaluate"] |= {"latency_images": 2, "warmup_images": 0}
+    for device in params["devices"].values():
+        device["slowdown"] = 1
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    return folder
+
+
+def repro(folder: Path) -> str:
+    environment = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "DVC_ROOT")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+    run = subprocess.run(["dvc", "repro"], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.timeout(600)
+def test_two_clones_give_one_lock_and_a_second_run_does_nothing(tmp_path):
+    first, second = (small_clone(tmp_path / name) for name in ("first", "second"))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(repro, (first, second)))
+    lock = (first / "dvc.lock").read_bytes()
+    assert lock == (second / "dvc.lock").read_bytes()
+    assert str(tmp_path).encode() not in lock
+    assert "Data and pipelines are up to date" in repro(first)
+    assert (first / "dvc.lock").read_bytes() == lock
+    assert (first / "artifacts/camera/timing.json").exists()
+    assert (first / "mlflow.db").exists()
+    report = subprocess.run([sys.executable, "-m", "pipeline.cli", "report"], cwd=first, capture_output=True, text=True, check=True).stdout
+    for words in ("accuracy, %", "device-only", "edge-only", "artifacts/camera/bundle", "make ui"):
+        assert words in report
