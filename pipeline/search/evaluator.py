@@ -174,7 +174,7 @@ class Evaluator:
     def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
         network, _ = self._prune(candidate)
         if candidate.keep:
-            self._train(network, None, trial_seed)
+            self._train(network, None, trial_seed, pruned=True)
         costs = self._half_costs(candidate, self._block_macs(network, candidate.cut))
         return self._measurement(costs, self._accuracy(network), [], _parameters(network), _memory_bytes(network, self.example))
 
@@ -184,7 +184,7 @@ class Evaluator:
         assert candidate.bits is not None
         _, plan = self._prune(candidate)
         network = build_split(self.backbone, self.example, candidate.cut, candidate.code_channels, candidate.stride, candidate.bits, plan)
-        self._train(network, candidate.cut, trial_seed)
+        self._train(network, candidate.cut, trial_seed, pruned=bool(candidate.keep))
         network.eval()
         on_device, on_edge = network.device_half(), network.edge_half()
 
@@ -272,38 +272,43 @@ class Evaluator:
 
         return {block: float(full[block] - sum(map(lost, layers))) for block, layers in layers_up_to(self.cuts, cut).items()}
 
-    def _train(self, network: nn.Module, cut: str | None, trial_seed: int) -> None:
+    def _train(self, network: nn.Module, cut: str | None, trial_seed: int, *, pruned: bool) -> None:
         """A few one-cycle steps of Adam on cross-entropy, the teacher's logits and, for a split, its feature at the cut (METHODS 3)."""
         network.train().to(memory_format=torch.channels_last)
-        codec = list(network.codec.parameters()) if isinstance(network, CoInference) else []
-        own = {id(parameter) for parameter in codec}
+        split_network = network if isinstance(network, CoInference) else None
+        whole_head = split_network is not None and not pruned
+        codec = list(split_network.codec.parameters()) if split_network else []
+        apart = {id(parameter) for parameter in [*codec, *(split_network.head.parameters() if split_network and whole_head else [])]}
         rates = [self.settings.learning_rate, self.settings.learning_rate * BACKBONE_RATE]
-        groups = [(group, rate) for group, rate in zip((codec, [p for p in network.parameters() if id(p) not in own]), rates, strict=True) if group]
+        groups = [(group, rate) for group, rate in zip((codec, [p for p in network.parameters() if id(p) not in apart]), rates, strict=True) if group]
         optimiser = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups])
         steps = self.settings.codec_steps
         # One-cycle divides by what lies between its phases, which very few steps leave empty.
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [rate for _, rate in groups], total_steps=max(steps, 10))
         for chosen in itertools.islice(self._batches(trial_seed), steps):
-            images, labels = normalise(self.images[chosen]), self.labels[chosen]
-            if isinstance(network, CoInference):
+            labels = self.labels[chosen]
+            if split_network is not None:
                 assert cut is not None
-                _, decoded, logits = network.features(images)
                 feature = self._teacher_feature(cut, chosen)
+                # A head that is not pruned stays as it is, so what it gives is known already: most of a step's time.
+                decoded = split_network.codec(feature if whole_head else split_network.head(normalise(self.images[chosen])))
+                logits = split_network.tail(decoded)
                 loss = FEATURE_WEIGHT * F.mse_loss(decoded, feature) / feature.square().mean().clamp_min(1e-6)
             else:
-                logits = network(images)
+                logits = network(normalise(self.images[chosen]))
                 loss = torch.zeros(())
             loss = loss + F.cross_entropy(logits, labels) + _distillation(logits, self._teacher_logits[chosen])
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
-        self._recalibrate(network)
+        trained = [split_network.codec, split_network.tail] if split_network and whole_head else [network]
+        self._recalibrate(network, trained)
 
-    def _recalibrate(self, network: nn.Module) -> None:
-        """Batch norms' statistics afresh, by the final weights: so few steps leave running ones far behind (METHODS 5)."""
+    def _recalibrate(self, network: nn.Module, trained: Sequence[nn.Module]) -> None:
+        """Statistics of the `trained` parts' batch norms afresh, by the final weights: so few steps leave running ones far behind (METHODS 5)."""
         network.eval()
-        norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        norms = [layer for part in trained for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         for layer in norms:
             layer.reset_running_stats()
             layer.momentum = None  # a plain mean over what follows

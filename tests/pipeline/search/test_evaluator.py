@@ -82,7 +82,7 @@ def test_training_a_split_teaches_it(make):
 def test_batch_norms_know_the_final_weights(make, monkeypatch):
     evaluator = make()
     recalibrated = evaluator.measure(SPLIT, 1).accuracy
-    monkeypatch.setattr(Evaluator, "_recalibrate", lambda self, network: network.eval())
+    monkeypatch.setattr(Evaluator, "_recalibrate", lambda self, network, trained: network.eval())
     assert recalibrated > evaluator.measure(SPLIT, 1).accuracy
 
 

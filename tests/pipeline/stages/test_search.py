@@ -137,7 +137,7 @@ def test_another_choice_from_the_same_study_measures_nothing(prepared, digits_fi
 
 def test_other_inputs_are_another_study(prepared, digits_fields, digits_params, tracker, quick):
     run(digits_params, "camera", tracker)
-    run(with_(digits_fields, search={"learning_rate": 0.02}), "camera", tracker)
+    run(with_(digits_fields, search={"learning_rate": 0.03}), "camera", tracker)
     torch.manual_seed(1)
     save_file(tiny.tiny_backbone(10, 16).state_dict(), BACKBONE_WEIGHTS)
     run(digits_params, "camera", tracker)
