@@ -63,6 +63,7 @@ def digits_fields() -> dict[str, Any]:
     """params.yaml's fields, cut down so that every stage takes seconds; change a copy, then `parse_params` it."""
     fields: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
     fields["run"]["threads"] = 1
+    fields["data"]["validation_fraction"] = 0.1
     fields["pretrain"] |= {"epochs": 1}
     fields["search"] |= {"trials": 3, "codec_steps": 2, "train_images": 64, "bits": [2, 4], "webp_qualities": [100, 30]}
     fields["finetune"] |= {"epochs": 1}

@@ -71,7 +71,7 @@ def test_a_failing_stage_leaves_a_failed_run(database, workdir):
 
 
 def test_an_unusable_database_is_one_sentence(workdir, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////nowhere/at/all.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workdir / 'params.yaml' / 'all.db'}")
     with pytest.raises(CoinferError, match="check MLFLOW_TRACKING_URI"), stage_run("prepare", None, workdir / "params.yaml"):
         pass
 

@@ -107,7 +107,9 @@ def test_a_measuring_plan_that_cannot_be_followed_is_refused(prepared: Path, dig
 
 
 def test_a_profile_without_this_backbone_says_how_to_get_it(prepared: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
-    with pytest.raises(ProfileError, match=r"profile xeon has no tests.tiny:tiny_backbone@3x16x16, only resnet20@3x16x16.*`measure`.*measure --into"):
+    with pytest.raises(
+        ProfileError, match=r"profile xeon has no tests.tiny:tiny_backbone@3x16x16, only resnet20@3x32x32, resnet8@3x16x16.*`measure`.*measure --into"
+    ):
         profile.run(with_device(digits_fields, profile="xeon"), "camera", tracker)
     with pytest.raises(ProfileError, match=r"profile profiles/pi9.json is missing"):
         profile.run(with_device(digits_fields, profile="pi9"), "camera", tracker)
@@ -118,9 +120,9 @@ def test_without_data_the_stage_says_what_to_run(workdir: Path, digits_params: P
         profile.run(digits_params, "camera", tracker)
 
 
-def test_the_committed_profile_fits_the_default_backbone(prepared: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
-    digits_fields["backbone"]["name"] = "resnet20"
-    for image_size in (16, 32):
+def test_the_committed_profile_fits_the_backbones_it_names(prepared: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
+    for name, image_size in (("resnet8", 16), ("resnet20", 32)):
+        digits_fields["backbone"]["name"] = name
         digits_fields["data"]["image_size"] = image_size
         found = profile.run(with_device(digits_fields, profile="xeon", edge_profile="xeon"), "camera", tracker)
         assert 0.8 < found["device_sum_over_full"] < 2.5
