@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,8 @@ def _stage(name: str, *, per_device: bool, device: str | None = None) -> None:
         where["device"] = device or next(iter(params.devices))
         params.device(where["device"])
 
+    # Idle OpenMP threads otherwise spin, which makes a stage several times slower as soon as anything else wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from pipeline.tracking import stage_run
