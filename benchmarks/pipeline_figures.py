@@ -80,9 +80,13 @@ def collect(device: str, repro_s: float | None, noop_repro_s: float) -> tuple[di
             timing["predicted_over_measured"][way], "ratio", "predicted total over the measured median", n=timing["images"]
         )
     figures["predicted_over_measured"] = figures.get("predicted_over_measured.split", figures["predicted_over_measured.device_only"])
-    figures["repro_s"] = figure(
-        repro_s if repro_s is not None else sum(seconds.values()), "s", "`dvc repro`, nothing cached" if repro_s is not None else "sum of the stages"
-    )
+    untimed = [stage for stage in STAGES if stage not in seconds]
+    if repro_s is not None:
+        figures["repro_s"] = figure(repro_s, "s", "`dvc repro`, nothing cached")
+    elif untimed:
+        figures["repro_s"] = figure(None, "s", f"no MLflow run of this folder says how long {', '.join(untimed)} took")
+    else:
+        figures["repro_s"] = figure(sum(seconds.values()), "s", "sum of the stages")
     figures["noop_repro_s"] = figure(noop_repro_s, "s", "`make repro` (or its like) with nothing to do")
     figures |= {f"stage_s.{stage}": figure(value, "s", "length of the stage's MLflow run, without process start") for stage, value in seconds.items()}
     with paths.trials.open(newline="") as file:
