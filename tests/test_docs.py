@@ -58,7 +58,9 @@ def blocks_of(page: str, language: str) -> list[str]:
 def test_command_exists(command: tuple[str, bool, str]) -> None:
     program, *arguments = words(command[2])
     if program == "make":
-        result = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": ""}, check=False)
+        result = subprocess.run(
+            ["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": "", "MAKELEVEL": "0"}, check=False
+        )
         assert result.returncode == 0, result.stderr
     elif program == "coinfer":
         name, *options = arguments

@@ -18,7 +18,9 @@ WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 
 def make(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": "", **env}, check=False)
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": "", "MAKELEVEL": "0", **env}, check=False
+    )
 
 
 def targets() -> list[str]:
