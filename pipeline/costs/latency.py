@@ -18,16 +18,13 @@ def reply_frame_bytes(classes: int) -> int:
     return OVERHEAD_BYTES + 4 * (2 + classes)
 
 
-REPLY_FRAME_BYTES = reply_frame_bytes(10)
-
-
 @dataclass(frozen=True)
 class HalfCosts:
     """What a candidate asks of device, link and edge.
 
     `block_macs` holds every block on the device side of `cut` at its (pruned) MACs: none for edge-only, all for device-only.
     `frame_bytes` may be a mean over images. `symbols`, `encoder_macs` and `decoder_macs` are of one image and 0 unless a split;
-    `quality` is that of the WebP image and only set for edge-only. `reply_bytes` is a frame, see `reply_frame_bytes`.
+    `quality` is that of the WebP image and only set for edge-only. `reply_bytes` is a frame, see `reply_frame_bytes`, and 0 for device-only.
     """
 
     kind: Literal["split", "edge-only", "device-only"]
@@ -39,7 +36,7 @@ class HalfCosts:
     symbols: int = 0
     frame_bytes: float = 0
     quality: int | None = None
-    reply_bytes: float = REPLY_FRAME_BYTES
+    reply_bytes: float = 0
 
 
 def mean_wire_bytes(frame_bytes: float) -> float:

@@ -19,7 +19,7 @@ from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, Bundle
 from pipeline.runtime.coder import encode
 from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import Kind, pack, unpack
-from pipeline.runtime.timing import Stopwatch
+from pipeline.runtime.timing import Stopwatch, timed
 from pipeline.runtime.transport import EdgeUnreachable, Transport
 
 PARTS = ("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "total_ms")
@@ -47,11 +47,7 @@ class Answer:
 
 
 class DeviceHalf:
-    """Runs what a bundle puts on the device. `slowdown` emulates a device that many times slower (METHODS 1).
-
-    A slowed device does everything once unmeasured first: the time that a fast processor takes to wake up from waiting for the last reply
-    does not grow with a device's slowness, and would be multiplied by it.
-    """
+    """Runs what a bundle puts on the device. `slowdown` emulates a device that many times slower (see `timed`)."""
 
     def __init__(self, bundle: Bundle, threads: int = 1, slowdown: float = 1.0) -> None:
         self._bundle = bundle
@@ -71,10 +67,7 @@ class DeviceHalf:
             BundleError: a device-only bundle sends nothing.
             DataError: the picture is unreadable or of another shape.
         """
-        if self._slowdown > 1:
-            self._frame(picture, Stopwatch())
-        watch = Stopwatch(self._slowdown)
-        return self._frame(picture, watch), watch.parts
+        return timed(lambda watch: self._frame(picture, watch), self._slowdown)
 
     def classify(self, picture: Picture, transport: Transport) -> Answer:
         """Send the frame of one picture through `transport` and open the reply; link_ms is what neither half accounts for.
@@ -104,13 +97,9 @@ class DeviceHalf:
         Raises:
             DataError: the picture is unreadable or of another shape.
         """
-        if self._whole is None:
-            self._whole = self._bundle.session(DEVICE_ONLY, self._threads)
-        if self._slowdown > 1:
-            self._infer(self._whole, self._pixels(picture, Stopwatch()), Stopwatch())
-        watch = Stopwatch(self._slowdown)
-        logits = self._infer(self._whole, self._pixels(picture, watch), watch)
-        return Answer(logits, _complete(watch.parts), 0, "device-only")
+        whole = self._whole = self._whole or self._bundle.session(DEVICE_ONLY, self._threads)
+        logits, parts = timed(lambda watch: self._infer(whole, self._pixels(picture, watch), watch), self._slowdown)
+        return Answer(logits, _complete(parts), 0, "device-only")
 
     def _frame(self, picture: Picture, watch: Stopwatch) -> bytes:
         pixels = self._pixels(picture, watch)
@@ -134,10 +123,9 @@ class DeviceHalf:
         return pixels
 
     def _infer(self, session: ort.InferenceSession, pixels: NDArray[np.uint8], watch: Stopwatch) -> Any:
+        name = session.get_inputs()[0].name
         with watch.part("device_ms"):
-            tensor = self._bundle.preprocessing.tensor(pixels[None])
-        with watch.part("device_ms"):
-            return session.run(None, {session.get_inputs()[0].name: tensor})[0][0]
+            return session.run(None, {name: self._bundle.preprocessing.tensor(pixels[None])})[0][0]
 
 
 def classify_directory(bundle: Bundle, edge: Transport | None, paths: Iterable[Path], threads: int = 1, slowdown: float = 1.0) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pipeline.errors import CoinferError, FrameError
 from pipeline.runtime.bundle import EDGE, Bundle
 from pipeline.runtime.coder import decode
 from pipeline.runtime.frame import Frame, Kind, pack, unpack
-from pipeline.runtime.timing import Stopwatch
+from pipeline.runtime.timing import Stopwatch, timed
 from pipeline.runtime.transport import receive_frame
 
 IDLE_TIMEOUT_S = 300.0
@@ -47,18 +47,20 @@ class EdgeHalf:
 
     def handle(self, frame: bytes) -> tuple[bytes, dict[str, float]]:
         """The reply frame to one frame, and {"decode_ms", "edge_ms"}. What cannot be answered gets an ERROR frame saying why."""
-        watch = Stopwatch(self._slowdown)
         try:
-            with watch.part("decode_ms"):
-                received = self._open(unpack(frame))
-            with watch.part("edge_ms"):
-                batch = self._bundle.preprocessing.tensor(received) if self._expects is Kind.IMAGE else received
-                logits = self._session.run(None, {self._input: batch})[0]
+            logits, parts = timed(lambda watch: self._answer(frame, watch), self._slowdown)
         except CoinferError as error:
             return pack(str(error).encode(), self._bundle.bundle_id, Kind.ERROR), {}
-        parts = watch.parts
         payload = REPLY_TIMES.pack(parts["decode_ms"], parts["edge_ms"]) + logits.astype("<f4").tobytes()
         return pack(payload, self._bundle.bundle_id, Kind.REPLY), parts
+
+    def _answer(self, frame: bytes, watch: Stopwatch) -> NDArray[np.float32]:
+        with watch.part("decode_ms"):
+            received = self._open(unpack(frame))
+        with watch.part("edge_ms"):
+            batch = self._bundle.preprocessing.tensor(received) if self._expects is Kind.IMAGE else received
+            logits: NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
+        return logits
 
     def _open(self, frame: Frame) -> NDArray[np.uint8]:
         if frame.bundle_id != self._bundle.bundle_id:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from pipeline.search.pareto import Limits, Trial, feasible, non_dominated
 
@@ -47,8 +47,9 @@ def pareto_figure(trials: Sequence[Trial], limits: Limits, chosen: Trial, baseli
         across, up = [trial.measurement.total_ms], [100 * trial.measurement.accuracy]
         axes.scatter(across, up, s=120, marker=marker, facecolors="none", edgecolors="#D55E00", linewidths=1.6, label=f"{name}: {trial.candidate.label()}")
     axes.set_xscale("log")
-    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        ticks(ScalarFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("predicted latency per image, ms")
     axes.set_ylabel("top-1 accuracy on validation, %")
     axes.set_title(f"{device}: {len(measured)} candidates measured", fontsize="medium")

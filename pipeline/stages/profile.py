@@ -88,7 +88,7 @@ def _figure(cuts: list[CutPoint], profile: DeviceProfile, key: str) -> Figure:
     names = [cut.name for cut in cuts]
     above.bar(names, so_far)
     above.set_ylabel("device ms up to the cut")
-    above.set_title(f"{key}: {profile.runtime}, {profile.threads} thread{'s' * (profile.threads > 1)}, slowdown {profile.slowdown:g}")
+    figure.suptitle(f"{key}: {profile.runtime}, {profile.threads} thread{'s' * (profile.threads > 1)}, slowdown {profile.slowdown:g}", fontsize="medium")
     below.bar(names, [_feature_bytes(cut) for cut in cuts])
     below.axhline(_feature_bytes(cuts[0]), linestyle=":", color="black", label="the image, uncoded")
     below.set_ylabel("feature bytes, uncoded")
