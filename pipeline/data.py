@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import DataError, ParamsError
+from pipeline.errors import DataError
 from pipeline.files import read_json
 from pipeline.params import Training
 from pipeline.paths import DATA_CARD, split_file
@@ -124,31 +123,3 @@ class WholeSplit:
     def __iter__(self) -> Iterator[Split]:
         for images, labels in zip(torch.split(self.images, EVALUATION_BATCH), torch.split(self.labels, EVALUATION_BATCH), strict=True):
             yield normalise(images), labels
-
-
-class DataModule(LightningDataModule):
-    """Training batches by `settings` and `seed`, and the validation split as it is.
-
-    Raises:
-        DataError: there is no training image.
-        ParamsError: the crop's border is as wide as the image.
-    """
-
-    def __init__(self, train: Split, validation: Split, settings: Training, seed: int) -> None:
-        super().__init__()
-        size = train[0].shape[-1]
-        if not len(train[1]):
-            raise DataError(f"{split_file('train')} holds no image; check data.path and data.validation_fraction in params.yaml.")
-        if settings.crop_padding >= size:
-            raise ParamsError(f"crop_padding is {settings.crop_padding}, but the images have {size} pixels a side; choose less in params.yaml.")
-        self.train, self.validation, self.settings, self.seed = train, validation, settings, seed
-
-    def train_dataloader(self) -> Batches:
-        return Batches(self.train, self.settings, self.seed, self._epoch)
-
-    def val_dataloader(self) -> WholeSplit:
-        return WholeSplit(self.validation)
-
-    def _epoch(self) -> int:
-        assert self.trainer is not None
-        return self.trainer.current_epoch

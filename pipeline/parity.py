@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from models.coinference import CoInference
 from pipeline.errors import FrameError, ParityError
+from pipeline.inference import predict_logits
 from pipeline.runtime.bundle import open_session
 from pipeline.runtime.coder import CodecTables, decode, encode
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.preprocess import Preprocessing
-from pipeline.training import predict_logits
 
 LOGITS_TOLERANCE = 1e-3
 TOP1_SHARE = 0.999

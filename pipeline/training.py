@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data import EVALUATION_BATCH, DataModule, Split, normalise
-from pipeline.errors import CoinferError, Interrupted
+from pipeline.data import Batches, Split, WholeSplit
+from pipeline.errors import CoinferError, DataError, Interrupted, ParamsError
 from pipeline.files import atomic_path, atomic_write_bytes, atomic_write_text
 from pipeline.params import Precision, Training
-from pipeline.paths import CHECKPOINTS
+from pipeline.paths import CHECKPOINTS, split_file
 
 History = list[dict[str, float]]
 
@@ -76,6 +76,34 @@ class Classifier(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.settings.learning_rate, total_steps=steps, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class DataModule(LightningDataModule):
+    """Training batches by `settings` and `seed`, and the validation split as it is.
+
+    Raises:
+        DataError: there is no training image.
+        ParamsError: the crop's border is as wide as the image.
+    """
+
+    def __init__(self, train: Split, validation: Split, settings: Training, seed: int) -> None:
+        super().__init__()
+        size = train[0].shape[-1]
+        if not len(train[1]):
+            raise DataError(f"{split_file('train')} holds no image; check data.path and data.validation_fraction in params.yaml.")
+        if settings.crop_padding >= size:
+            raise ParamsError(f"crop_padding is {settings.crop_padding}, but the images have {size} pixels a side; choose less in params.yaml.")
+        self.train, self.validation, self.settings, self.seed = train, validation, settings, seed
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.train, self.settings, self.seed, self._epoch)
+
+    def val_dataloader(self) -> WholeSplit:
+        return WholeSplit(self.validation)
+
+    def _epoch(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.current_epoch
 
 
 class _Averaging(WeightAveraging):
@@ -263,23 +291,6 @@ def forget(folders: Iterable[Path]) -> None:
 def weights_bytes(network: nn.Module, metadata: dict[str, str] | None = None) -> bytes:
     """The state dict of `network` as a safetensors file."""
     return save({name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}, metadata)
-
-
-@torch.no_grad()
-def predict_logits(network: nn.Module, images: Tensor, batch: int = EVALUATION_BATCH) -> Tensor:
-    """Logits float32 (N, classes) of `images` uint8 (N, 3, S, S), in eval mode and full precision; the network's mode is left as it was."""
-    training = network.training
-    network.eval()
-    try:
-        return torch.cat([network(normalise(part)) for part in torch.split(images, batch)])
-    finally:
-        network.train(training)
-
-
-def accuracy(network: nn.Module, split: Split) -> float:
-    """Top-1 share of `split` = (images uint8 (N, 3, S, S), labels (N,)) that `network` gets right."""
-    images, labels = split
-    return int((predict_logits(network, images).argmax(1) == labels).sum()) / len(labels)
 
 
 def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("epoch", "loss", "accuracy_validation")) -> None:

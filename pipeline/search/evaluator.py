@@ -25,6 +25,7 @@ from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_fr
 from pipeline.costs.link import Link, wire_bytes
 from pipeline.data import EVALUATION_BATCH, Split, normalise
 from pipeline.errors import ModelError
+from pipeline.inference import accuracy, outputs
 from pipeline.params import Search
 from pipeline.runtime import coder
 from pipeline.runtime.device import encode_webp
@@ -87,12 +88,12 @@ class Evaluator:
         chosen = np.random.default_rng(seed).permutation(len(train[1]))[: settings.train_images]
         self.images, self.labels = (tensor[torch.from_numpy(chosen)] for tensor in train)
         self.example = torch.zeros(1, 3, *validation[0].shape[2:])
-        self._teacher_logits = _batched(self.backbone, self.images)
+        self._teacher_logits = outputs(self.backbone, self.images)
         self._features: dict[str, Tensor] = {}
         self._heads: dict[str, nn.Module] = {}
         self._keep: dict[str, dict[str, tuple[float, ...]]] = {}
         self._whole_macs = count_macs(self.backbone, self.example)
-        self.reference_accuracy = self._accuracy(self.backbone)
+        self.reference_accuracy = accuracy(self.backbone, validation)
 
     def space(self) -> Space:
         """The candidates that can run: legal codecs for every cut, legal keep ratios for every block with channels to prune."""
@@ -164,19 +165,19 @@ class Evaluator:
             return self._measure_split(candidate, trial_seed)
 
     def _measure_edge_only(self, candidate: Candidate, quality: int) -> Measurement:
-        images, _ = self.validation
+        images, labels = self.validation
         files = [encode_webp(image.numpy(), quality) for image in images]
         preprocessing = Preprocessing(images.shape[-1])
         received = torch.from_numpy(np.stack([preprocessing.pixels(Image.open(io.BytesIO(file))) for file in files]))
         costs = self._half_costs(candidate, {}, quality=quality)
-        return self._measurement(costs, self._accuracy(self.backbone, received), [len(file) for file in files], 0, 4 * images[0].numel())
+        return self._measurement(costs, accuracy(self.backbone, (received, labels)), [len(file) for file in files], 0, 4 * images[0].numel())
 
     def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
         network, _ = self._prune(candidate)
         if candidate.keep:
             self._train(network, None, trial_seed, pruned=True)
         costs = self._half_costs(candidate, self._block_macs(network, candidate.cut))
-        return self._measurement(costs, self._accuracy(network), [], _parameters(network), _memory_bytes(network, self.example))
+        return self._measurement(costs, accuracy(network, self.validation), [], _parameters(network), _memory_bytes(network, self.example))
 
     def _measure_split(self, candidate: Candidate, trial_seed: int) -> Measurement:
         assert candidate.code_channels is not None
@@ -196,7 +197,7 @@ class Evaluator:
                 symbols = on_device(normalise(part))
                 right += int((on_edge(symbols).argmax(1) == truth).sum())
             coded.extend(symbols.numpy()[: max(0, SAMPLE_IMAGES - len(coded))])
-        tables = coder.build_tables(_batched(on_device, self.images[:SAMPLE_IMAGES]).numpy(), candidate.bits)
+        tables = coder.build_tables(outputs(on_device, self.images[:SAMPLE_IMAGES]).numpy(), candidate.bits)
         payloads = [len(coder.encode(symbols, tables)) for symbols in coded]
 
         point = next(point for point in self.cuts if point.name == candidate.cut)
@@ -258,10 +259,6 @@ class Evaluator:
             device_memory_mb=memory_bytes / 1e6,
         )
 
-    def _accuracy(self, network: nn.Module, images: Tensor | None = None) -> float:
-        logits = _batched(network.eval(), self.validation[0] if images is None else images)
-        return int((logits.argmax(1) == self.validation[1]).sum()) / len(self.validation[1])
-
     def _block_macs(self, network: nn.Module, cut: str) -> dict[str, float]:
         """MACs of each device block: what it had, less what its layers lost. (Products outside layers, as in attention, are not pruned.)"""
         now, whole = count_macs(network, self.example), self._whole_macs
@@ -313,7 +310,7 @@ class Evaluator:
             layer.reset_running_stats()
             layer.momentum = None  # a plain mean over what follows
             layer.train()
-        _batched(network, self.images[:SAMPLE_IMAGES])
+        outputs(network, self.images[:SAMPLE_IMAGES])
         network.eval()
 
     def _batches(self, trial_seed: int) -> Iterator[Tensor]:
@@ -335,7 +332,7 @@ class Evaluator:
                     return head(normalise(self.images[chosen]))
             while self._features and sum(feature.nbytes for feature in self._features.values()) + needed > FEATURE_CACHE_BYTES:
                 self._features.pop(next(iter(self._features)))
-            self._features[cut] = _batched(head, self.images)
+            self._features[cut] = outputs(head, self.images)
         return self._features[cut][chosen]
 
 
@@ -350,12 +347,6 @@ def _codec_fits(shape: tuple[int, ...], code_channels: int, stride: int) -> bool
 def _distillation(logits: Tensor, teacher: Tensor) -> Tensor:
     student, wanted = (F.log_softmax(values / TEMPERATURE, dim=1) for values in (logits, teacher))
     return TEMPERATURE**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
-
-
-@torch.no_grad()
-def _batched(network: nn.Module, images: Tensor) -> Tensor:
-    """What `network` makes of `images` uint8 (N, 3, S, S)."""
-    return torch.cat([network(normalise(part)) for part in torch.split(images, EVALUATION_BATCH)])
 
 
 def _parameters(network: nn.Module) -> int:

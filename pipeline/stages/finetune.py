@@ -17,15 +17,16 @@ from models.coinference import build_split
 from models.cutting import CutPoint, split
 from models.pruning import ChannelPlan
 from pipeline.costs.device_profile import DeviceProfile
-from pipeline.data import DataModule, load_card, load_split
+from pipeline.data import load_card, load_split
 from pipeline.distilling import Distiller
 from pipeline.errors import Interrupted
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
+from pipeline.inference import accuracy
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DevicePaths
 from pipeline.search.candidate import Candidate
 from pipeline.search.evaluator import prune
-from pipeline.training import Classifier, accuracy, checkpoint_folder, fit, forget, weights_bytes, write_curves
+from pipeline.training import Classifier, DataModule, checkpoint_folder, fit, forget, weights_bytes, write_curves
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker

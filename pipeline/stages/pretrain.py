@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.backbones import build_backbone
-from pipeline.data import DataModule, load_card, load_split
+from pipeline.data import load_card, load_split
 from pipeline.errors import ParamsError
 from pipeline.files import atomic_write_bytes, atomic_write_json
+from pipeline.inference import accuracy
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_CURVES, BACKBONE_METRICS, BACKBONE_WEIGHTS
-from pipeline.training import Classifier, History, accuracy, checkpoint_folder, fit, forget, weights_bytes, write_curves
+from pipeline.training import Classifier, DataModule, History, checkpoint_folder, fit, forget, weights_bytes, write_curves
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker

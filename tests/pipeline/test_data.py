@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.data import Batches, DataModule, augmented, load_card, load_split, normalise
-from pipeline.errors import CoinferError, DataError, ParamsError
+from pipeline.data import Batches, WholeSplit, augmented, load_card, load_split, normalise
+from pipeline.errors import CoinferError, DataError
 from pipeline.params import Finetune
 from pipeline.paths import DATA, split_file
 from pipeline.runtime.preprocess import MEAN, STD, Preprocessing
@@ -83,17 +81,10 @@ def test_normalise_is_what_the_device_does() -> None:
     assert np.array_equal(normalise(original).numpy(), Preprocessing(8, MEAN, STD).tensor(original.numpy()))
 
 
-def test_a_border_as_wide_as_the_image_is_refused() -> None:
-    with pytest.raises(ParamsError, match="crop_padding is 8"):
-        DataModule(images(4), images(4), settings(crop_padding=8), 0)
-
-
-def test_the_validation_split_comes_whole_and_in_order() -> None:
-    data = DataModule(images(4), images(300), settings(), 0)
-    data.trainer = SimpleNamespace(current_epoch=0)  # type: ignore[assignment]
-    labels = torch.cat([y for _, y in data.val_dataloader()])
-    assert torch.equal(labels, images(300)[1])
-    assert len(data.val_dataloader()) == len(list(data.val_dataloader())) == 2
+def test_a_whole_split_comes_in_order() -> None:
+    whole = WholeSplit(images(300))
+    assert torch.equal(torch.cat([y for _, y in whole]), images(300)[1])
+    assert len(whole) == len(list(whole)) == 2
 
 
 def test_missing_and_damaged_splits_are_named(workdir: object) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.data import DataModule
 from pipeline.distilling import Distiller
-from pipeline.errors import CoinferError, Interrupted
+from pipeline.errors import CoinferError, Interrupted, ParamsError
+from pipeline.inference import accuracy, predict_logits
 from pipeline.params import Finetune, Precision
-from pipeline.training import Classifier, accuracy, computes_bf16, fit, predict_logits, weights_bytes
+from pipeline.training import Classifier, DataModule, computes_bf16, fit, weights_bytes
 
 Row = dict[str, float]
 
@@ -190,11 +190,9 @@ def test_distilling_moves_a_student_to_its_teacher_and_leaves_the_teacher_alone(
     assert (predict_logits(student, images) - predict_logits(teacher, images)).abs().mean() < far
 
 
-def test_predicting_leaves_the_mode_and_is_batch_size_independent() -> None:
-    network = Net().train()
-    images, _ = coloured(10)
-    assert torch.allclose(predict_logits(network, images, 3), predict_logits(network, images), atol=1e-6)
-    assert network.training
+def test_a_border_as_wide_as_the_image_is_refused() -> None:
+    with pytest.raises(ParamsError, match="crop_padding is 8"):
+        DataModule(coloured(4), coloured(4), settings(crop_padding=8), 0)
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", False), ("bf16", True)])

@@ -16,11 +16,12 @@ from pipeline.data import load_split
 from pipeline.distilling import Distiller
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_write_json
+from pipeline.inference import accuracy
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, CHECKPOINTS, DevicePaths
 from pipeline.search.candidate import Candidate
 from pipeline.stages import finetune, prepare, pretrain
-from pipeline.training import Classifier, accuracy
+from pipeline.training import Classifier
 from tests.tiny import tiny_backbone
 
 PATHS = DevicePaths("camera")

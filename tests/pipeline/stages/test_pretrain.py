@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data import load_split
 from pipeline.errors import Interrupted, ModelError, ParamsError
+from pipeline.inference import accuracy
 from pipeline.params import Params, parse_params
 from pipeline.paths import BACKBONE_CURVES, BACKBONE_METRICS, BACKBONE_WEIGHTS, CHECKPOINTS
 from pipeline.stages import prepare, pretrain
-from pipeline.training import accuracy
 from tests.tiny import tiny_backbone
 
 
