@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import json
+import math
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +101,28 @@ def test_missing_and_damaged_splits_are_named(workdir: object) -> None:
     split_file("train").write_bytes(b"not tensors")
     with pytest.raises(DataError, match=r"train\.safetensors cannot be read"):
         load_split("train")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process holds in memory")
+def test_more_than_two_gigabytes_are_mapped_and_not_read(workdir: object) -> None:
+    count, size = 2300, 576
+
+    def resident_bytes() -> int:
+        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+    shape = [count, 3, size, size]
+    entries = {
+        "labels": {"dtype": "I64", "shape": [count], "data_offsets": [0, 8 * count]},
+        "images": {"dtype": "U8", "shape": shape, "data_offsets": [8 * count, 8 * count + math.prod(shape)]},
+    }
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    DATA.mkdir(parents=True)
+    with split_file("train").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 8 * count + math.prod(shape))  # sparse: takes no space on disk
+    before = resident_bytes()
+    split = load_split("train")
+    assert split[0].nbytes > 2e9
+    next(iter(Batches(split, settings(), 0, lambda: 0)))
+    assert resident_bytes() - before < 2e8
