@@ -63,13 +63,19 @@ ui: $(STAMP)  ## open the runs in MLflow
 cifar10: $(STAMP)  ## run the pipeline on CIFAR-10; DATA=ARCHIVE or DATA=FOLDER is an image folder; WEIGHTS=FILE to start from
 ifneq ($(DATA),)
 	@test -e '$(DATA)' || { echo "DATA=$(DATA) does not exist; give an archive or a folder that holds train/CLASS/* and test/CLASS/*."; exit 1; }
-	@cd examples/cifar10 && rm -rf data data.tmp
-	@if test -d '$(DATA)'; then ln -s "$$(realpath '$(DATA)')" examples/cifar10/data; \
-	else mkdir examples/cifar10/data.tmp && tar -xf '$(DATA)' -C examples/cifar10/data.tmp && mv examples/cifar10/data.tmp examples/cifar10/data; fi
+	@case "$$(realpath '$(DATA)')/" in "$$(realpath examples/cifar10)"/data/*) \
+		echo "DATA=$(DATA) is where the images go; leave DATA out to use those that are there."; exit 1;; esac
+	@rm -rf examples/cifar10/data.tmp
+	@if test -d '$(DATA)'; then ln -s "$$(realpath '$(DATA)')" examples/cifar10/data.tmp; \
+	else mkdir examples/cifar10/data.tmp && tar -xf '$(DATA)' -C examples/cifar10/data.tmp; fi
+	@rm -rf examples/cifar10/data && mv examples/cifar10/data.tmp examples/cifar10/data
 endif
+	@mkdir -p examples/cifar10/data
 ifneq ($(WEIGHTS),)
 	@test -f '$(WEIGHTS)' || { echo "WEIGHTS=$(WEIGHTS) does not exist; give a safetensors file."; exit 1; }
-	@cp '$(WEIGHTS)' examples/cifar10/weights/
+	@grep -q 'weights: weights/$(notdir $(WEIGHTS))' examples/cifar10/params.yaml || \
+		{ echo "examples/cifar10/params.yaml does not start from $(notdir $(WEIGHTS)); set backbone.weights there to weights/$(notdir $(WEIGHTS))."; exit 1; }
+	@test '$(WEIGHTS)' -ef 'examples/cifar10/weights/$(notdir $(WEIGHTS))' || cp '$(WEIGHTS)' examples/cifar10/weights/
 endif
 	@cd examples/cifar10 && export MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(ROOT)/mlflow.db}" && dvc repro && python -m pipeline.cli report
 

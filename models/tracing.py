@@ -190,12 +190,17 @@ def _name_calls(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def two_images(example: Tensor) -> Tensor:
-    """A batch of two different images (2, C, H, W): no size in a graph that holds for it can be a frozen batch of one."""
-    return torch.cat([example[:1], example[:1].flip(-1)])
+    """Two images of noise, of the shape of those in `example` (B, C, H, W).
+
+    No size in a graph that holds for two can be a frozen batch of one, and noise shows what images of zeros would hide: they make features of
+    zeros, from which a wrong graph gives the same logits.
+    """
+    noise = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0))
+    return noise.to(example)
 
 
 def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """The `torch.fx` form of `model`, any batch size, checked against it on two images made from `example` (B, C, H, W).
+    """The `torch.fx` form of `model`, any batch size, checked against it on two images of noise like `example` (B, C, H, W).
 
     It shares the model's parameters under their names and keeps its mode. In-place layers become pure and `torch._assert` checks go. A module
     that `trace` made is returned as it is, so whoever cuts one model many times traces it once.

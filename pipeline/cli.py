@@ -21,6 +21,18 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
 
 
+# What a stage's MLflow run shows of params.yaml, beside the device's own section.
+SECTIONS = {
+    "prepare": ("data",),
+    "pretrain": ("run", "data", "backbone", "pretrain"),
+    "profile": ("run", "data", "backbone"),
+    "search": ("run", "data", "backbone", "search", "objective"),
+    "finetune": ("run", "data", "backbone", "pretrain", "finetune"),
+    "export": ("run", "data", "backbone"),
+    "evaluate": ("evaluate",),
+}
+
+
 def _stage(name: str, *, per_device: bool, device: str | None = None) -> None:
     from pipeline.params import load_params
 
@@ -37,7 +49,9 @@ def _stage(name: str, *, per_device: bool, device: str | None = None) -> None:
     from pipeline.tracking import stage_run
 
     torch.set_num_threads(params.run.threads)
+    shown = params.model_dump(include=set(SECTIONS[name])) | {key: params.device(device).model_dump() for key, device in where.items()}
     with stage_run(name, where.get("device"), PARAMS) as tracker:
+        tracker.log_params(shown)
         importlib.import_module(f"pipeline.stages.{name}").run(params=params, tracker=tracker, **where)
 
 
@@ -147,7 +161,7 @@ def main() -> None:
     """Run the command line; expected failures are one sentence on standard error."""
     # `python -m pipeline.cli` runs the copy in the current directory; `coinfer` must find a user's own backbone there too.
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")  # last, or a stray numpy.py among the images would be run
     try:
         app(standalone_mode=True)
     except Interrupted as error:

@@ -44,6 +44,7 @@ class DevicePaths:
         self.finetune_metrics = self.root / "finetune" / "metrics.json"
         self.finetune_curves = self.root / "finetune" / "curves.csv"
         self.bundle = self.root / "bundle"
+        self.reference_onnx = self.root / "export" / "reference.onnx"
         self.parity = self.root / "export" / "parity.json"
         self.metrics = self.root / "evaluate" / "metrics.json"
         self.plots = self.root / "evaluate" / "plots"

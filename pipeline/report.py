@@ -26,9 +26,7 @@ def print_report(device: str) -> None:
     """
     paths = DevicePaths(device)
     metrics = read_json(paths.metrics, "the evaluation")
-    timing = read_json(paths.timing, "the measured times") if paths.timing.exists() else None
-    if timing and timing.get("bundle_id") != metrics.get("bundle_id"):
-        timing = None
+    timing = measured_times(paths, metrics)
     try:
         table, times = _table(device, metrics, timing), _how_timed(device, metrics, timing)
     except (KeyError, TypeError, AttributeError) as error:
@@ -42,6 +40,12 @@ def print_report(device: str) -> None:
     console.print(times, soft_wrap=True)
     console.print(f"bundle: {paths.bundle}", soft_wrap=True)
     console.print("runs:   `make ui` opens them in MLflow", soft_wrap=True)
+
+
+def measured_times(paths: DevicePaths, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The measured times that belong to `metrics`; None where there are none, or only those of another bundle, link or slowdown."""
+    timing: dict[str, Any] | None = read_json(paths.timing, "the measured times") if paths.timing.exists() else None
+    return timing if timing and all(timing.get(key) == metrics.get(key) for key in ("bundle_id", "link", "slowdown", "edge_slowdown")) else None
 
 
 def _table(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None) -> Table:

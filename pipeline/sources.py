@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.params import Data
-from pipeline.runtime.preprocess import Preprocessing
+from pipeline.runtime.preprocess import IMAGE_SUFFIXES, Preprocessing, open_image
 
 DIGITS_TEST = 360
 
@@ -35,7 +35,7 @@ class Images:
         try:
             with self.open(index) as image:
                 return preprocessing.pixels(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises many unrelated kinds on a broken file
             raise DataError(f"{self.where(index)} cannot be read as an image ({error}); repair or remove it.") from error
 
 
@@ -56,7 +56,6 @@ def open_source(data: Data) -> Source:
     """
     if data.source == "digits":
         return _digits()
-    assert data.path is not None
     return _cifar10(Path(data.path)) if data.source == "cifar10" else _folder(Path(data.path))
 
 
@@ -106,22 +105,23 @@ def _folder(root: Path) -> Source:
     unknown = [name for name in test if name not in train]
     if unknown:
         raise DataError(f"{root / 'test' / unknown[0]} is a class that {root / 'train'} does not have; add training images for it or remove it.")
+    untested = [name for name in train if name not in test]
+    if untested:
+        raise DataError(f"{root / 'train' / untested[0]} is a class that {root / 'test'} does not have; add test images for it or remove it.")
     return Source(classes, _files(train, classes), _files(test, classes), order="sorted name order", test_rule="the images under test/")
 
 
 def _files(files: dict[str, list[Path]], classes: list[str]) -> Images:
     paths = [path for name in files for path in files[name]]
     labels = [classes.index(name) for name in files for _ in files[name]]
-    return Images(labels, lambda index: Image.open(paths[index]), lambda index: str(paths[index]))
+    return Images(labels, lambda index: open_image(paths[index]), lambda index: str(paths[index]))
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:
     """Class name -> its image files, both in sorted name order; files that are no images by extension are passed over."""
-    Image.init()
-    readable = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        files = {name: sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in readable) for name in names}
+        files = {name: sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES) for name in names}
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); data.path must hold train/CLASS/* and test/CLASS/*.") from error
     for name, found in files.items():

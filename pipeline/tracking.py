@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.errors import CoinferError
+from pipeline.errors import CoinferError, Interrupted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EXPERIMENT = "coinfer"
+SQLITE = "sqlite:///"
 
 
 class Tracker(Protocol):
@@ -35,12 +36,13 @@ class Tracker(Protocol):
 
 
 def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, else mlflow.db at the DVC root.
+    """`MLFLOW_TRACKING_URI`, else mlflow.db at the DVC root; a relative sqlite path is taken from that root too.
 
     DVC sets `DVC_ROOT` to the repository an experiment was started in, also for the copies that `--temp` and `--queue` make,
     so every run lands in one database.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(os.environ.get('DVC_ROOT', '.')).resolve() / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    return f"{SQLITE}{Path(os.environ.get('DVC_ROOT', '.')).resolve() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
 
 
 def provenance(stage: str, device: str | None, params_file: Path) -> dict[str, str]:
@@ -128,7 +130,7 @@ def _closing(client: MlflowClient, run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        client.set_terminated(run.info.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        client.set_terminated(run.info.run_id, "KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
         raise
     client.set_terminated(run.info.run_id, "FINISHED")
 
@@ -153,13 +155,26 @@ def stage_run(stage: str, device: str | None, params_file: Path) -> Iterator[Mlf
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             # Without this the file store's ./mlruns would depend on where the stage happened to run.
-            local = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
-            experiment_id = client.create_experiment(EXPERIMENT, artifact_location=local)
+            local = (Path(uri.removeprefix(SQLITE)).parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
+            try:
+                experiment_id = client.create_experiment(EXPERIMENT, artifact_location=local)
+            except MlflowException:  # another stage was quicker
+                experiment = client.get_experiment_by_name(EXPERIMENT)
+                if experiment is None:
+                    raise
+                experiment_id = experiment.experiment_id
         else:
             experiment_id = experiment.experiment_id
         name = f"{stage} {device}" if device else stage
         run = client.create_run(experiment_id, run_name=name, tags=provenance(stage, device, params_file))
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise CoinferError(f"MLflow at {uri} cannot be used ({str(error).splitlines()[0]}); check MLFLOW_TRACKING_URI or the file's permissions.") from error
-    with _closing(client, run):
-        yield MlflowTracker(client, run)
+        raise _unusable(uri, error) from error
+    try:
+        with _closing(client, run):
+            yield MlflowTracker(client, run)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise _unusable(uri, error) from error
+
+
+def _unusable(uri: str, error: Exception) -> CoinferError:
+    return CoinferError(f"MLflow at {uri} cannot be used ({str(error).splitlines()[0]}); check MLFLOW_TRACKING_URI or the file's permissions.")

@@ -27,10 +27,10 @@ MODES = ("split", "device_only", "edge_only")
 
 
 @contextmanager
-def edges(bundle: Bundle, edge_only: Mapping[str, Any], threads: int, slowdown: float) -> Iterator[Served]:
+def edges(bundle: Bundle, reference: Path, edge_only: Mapping[str, Any], threads: int, slowdown: float) -> Iterator[Served]:
     """An edge process each for `split` (if `bundle` is one) and `edge_only`, with their bundles and ports on 127.0.0.1; ended however the block ends.
 
-    Unless `bundle` is edge-only itself, that way gets a bundle of its own: the candidate `edge_only`, with the network of device-only.onnx on the edge.
+    Unless `bundle` is edge-only itself, that way gets a bundle of its own: the candidate `edge_only`, and on the edge the ONNX file `reference`.
 
     Raises:
         CoinferError: an edge process did not start, or there is no space for the temporary bundle.
@@ -39,7 +39,7 @@ def edges(bundle: Bundle, edge_only: Mapping[str, Any], threads: int, slowdown: 
         bundles = {bundle.kind.replace("-", "_"): bundle}
         if "edge_only" not in bundles:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coinfer-")))
-            whole = (bundle.path / DEVICE_ONLY).read_bytes()
+            whole = reference.read_bytes()
             bundles["edge_only"] = write_bundle(
                 folder / "edge-only",
                 kind="edge-only",

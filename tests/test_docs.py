@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ FENCE = re.compile(r"(<!-- long -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; `long` ones are run by CI's pipeline job, not here."""
+    """A fenced block; what `long` ones show is run small in tests/test_pipeline.py."""
 
     page: str
     long: bool
@@ -164,7 +165,7 @@ def reader(tmp_path: Path, digits_fields: dict[str, Any]) -> tuple[Path, dict[st
 
 
 def test_own_data_and_own_network_work_as_the_pages_say(reader: tuple[Path, dict[str, Any]]) -> None:
-    """The module and the parameters shown, less the weights they name; `prepare` as shown, then `pretrain`."""
+    """The module and the parameters shown, less the weights they name; `prepare` as shown, then `pretrain` and `profile`."""
     folder, fields = reader
     (module,) = blocks_of("own-backbone.md", "python")
     (folder / "mynet").mkdir()
@@ -172,7 +173,8 @@ def test_own_data_and_own_network_work_as_the_pages_say(reader: tuple[Path, dict
     (shown,) = blocks_of("own-backbone.md", "yaml")
     fields = merged(fields, merged(yaml.safe_load(shown), {"backbone": {"weights": None}, "pretrain": {"epochs": 1}}))
     (folder / "params.yaml").write_text(yaml.safe_dump(fields))
-    for command in (*quick("own-data.md"), "python -m pipeline.cli pretrain"):
+    shutil.copytree(ROOT / "profiles", folder / "profiles")
+    for command in (*quick("own-data.md"), "python -m pipeline.cli pretrain", "python -m pipeline.cli profile"):
         result = run(command, folder)
         assert result.returncode == 0, result.stderr
     assert json.loads((folder / "artifacts/data/card.json").read_text())["classes"] == ["cat", "dog"]

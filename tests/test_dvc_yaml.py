@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.cli import SECTIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("prepare", "pretrain", "profile", "search", "finetune", "export", "evaluate")
 CODE = re.compile(r"^(?:\.\./\.\./)?((?:models|pipeline)/.*)$")
@@ -87,3 +89,9 @@ def test_nothing_measured_is_locked():
 def test_the_example_runs_the_same_pipeline():
     text = (ROOT / "examples/cifar10/dvc.yaml").read_text()
     assert re.sub(r"\.\./\.\./(?=models/|pipeline/)", "", text) == (ROOT / "dvc.yaml").read_text()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_mlflow_shows_the_parameters_a_stage_depends_on(stage):
+    sections = {name.split(".")[0] for name in stages()[stage]["params"]} - {"devices"}
+    assert sections <= set(SECTIONS[stage])

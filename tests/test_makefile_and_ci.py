@@ -96,6 +96,32 @@ def test_cifar10_takes_an_archive_or_a_folder_and_logs_to_the_root_database(copi
     assert "dvc repro in cifar10 sqlite:///other.db" in make("cifar10", cwd=copied_makefile, MLFLOW_TRACKING_URI="sqlite:///other.db").stdout
 
 
+def test_cifar10_keeps_the_images_it_has_when_the_new_ones_are_no_good(copied_makefile: Path) -> None:
+    kept = copied_makefile / "examples/cifar10/data/train/cat"
+    kept.mkdir(parents=True)
+    broken = copied_makefile / "images.tar"
+    broken.write_bytes(b"no archive")
+    assert make("cifar10", f"DATA={broken}", cwd=copied_makefile).returncode != 0
+    result = make("cifar10", "DATA=examples/cifar10/data", cwd=copied_makefile)
+    assert result.returncode != 0
+    assert "leave DATA out" in result.stdout
+    assert kept.is_dir()
+
+
+def test_cifar10_refuses_weights_that_its_parameters_do_not_name(copied_makefile: Path) -> None:
+    folder = copied_makefile / "examples/cifar10"
+    (folder / "weights").mkdir()
+    (folder / "params.yaml").write_text("backbone:\n  weights: weights/known.safetensors\n")
+    for name in ("known", "other"):
+        (copied_makefile / f"{name}.safetensors").write_bytes(b"weights")
+    refused = make("cifar10", "WEIGHTS=other.safetensors", cwd=copied_makefile)
+    assert refused.returncode != 0
+    assert "set backbone.weights there to weights/other.safetensors" in refused.stdout
+    for weights in ("known.safetensors", "examples/cifar10/weights/known.safetensors"):
+        assert make("cifar10", f"WEIGHTS={weights}", cwd=copied_makefile).returncode == 0
+    assert (folder / "weights/known.safetensors").read_bytes() == b"weights"
+
+
 def test_cifar10_says_when_its_data_is_missing(copied_makefile: Path) -> None:
     result = make("cifar10", "DATA=nowhere", cwd=copied_makefile)
     assert result.returncode != 0

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,12 +39,16 @@ def small_clone(folder: Path) -> Path:
     return folder
 
 
-def repro(folder: Path) -> str:
+def call(folder: Path, *command: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "DVC_ROOT")}
     environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
-    run = subprocess.run(["dvc", "repro"], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+def repro(folder: Path) -> str:
+    return call(folder, "dvc", "repro")
 
 
 @pytest.mark.timeout(600)
@@ -55,6 +63,20 @@ def test_two_clones_give_one_lock_and_a_second_run_does_nothing(tmp_path):
     assert (first / "dvc.lock").read_bytes() == lock
     assert (first / "artifacts/camera/timing.json").exists()
     assert (first / "mlflow.db").exists()
+    for shown in ("dvc metrics show", "dvc plots show"):
+        assert "camera" in call(first, *shown.split())
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "edge", "--bundle", "artifacts/camera/bundle", "--port", "0"], cwd=first, stdout=subprocess.PIPE, text=True
+    ) as edge:
+        assert edge.stdout
+        port = edge.stdout.readline().split()[-1]
+        picture = tmp_path / "five.png"
+        Image.fromarray(np.full((20, 30), 90, np.uint8)).save(picture)
+        line = call(first, *f"{sys.executable} -m pipeline.cli device --bundle artifacts/camera/bundle --source {picture} --edge 127.0.0.1:{port}".split())
+        edge.send_signal(signal.SIGINT)
+    record = json.loads(line)
+    assert "edge_error" not in record
+    assert record["label"] in "0123456789"
     report = subprocess.run([sys.executable, "-m", "pipeline.cli", "report"], cwd=first, capture_output=True, text=True, check=True).stdout
     for words in ("accuracy, %", "device-only", "edge-only", "artifacts/camera/bundle", "make ui"):
         assert words in report

@@ -27,7 +27,7 @@ from models.codec import FeatureCodec
 from models.cutting import CutPoint, count_macs, cut_points, segment_modules
 from models.pruning import prune_head
 from pipeline.costs.device_profile import BackboneProfile, Block, CoderTimes, DeviceProfile, Point, Spread, backbone_key, shape_key
-from pipeline.errors import ModelError, ProfileError
+from pipeline.errors import Interrupted, ModelError, ProfileError
 from pipeline.machine import cpu_name
 from pipeline.params import Params
 from pipeline.paths import DATA_CARD, profile_file
@@ -127,6 +127,7 @@ def measure_profile(name: str, backbone_name: str, model: nn.Module, example: Te
 
     Raises:
         ModelError: the network cannot be exported or cut.
+        Interrupted: Ctrl-C.
     """
     bench = _Bench(plan)
     image_size = example.shape[-1]
@@ -147,7 +148,10 @@ def measure_profile(name: str, backbone_name: str, model: nn.Module, example: Te
     bench.session("full", extractor.extract_model(["image"], [_block_key(1, cuts[-1])]), image)
     _add_image(bench, image_size)
     _add_coder(bench)
-    times = bench.run()
+    try:
+        times = bench.run()
+    except KeyboardInterrupt:
+        raise Interrupted("measuring was interrupted; nothing is kept, run it again.") from None
 
     call = times["nothing"]
 

@@ -56,19 +56,28 @@ class Bundle:
             BundleError: a file is missing, altered, or belongs to another bundle; the message names it.
         """
         manifest = _read_manifest(path / MANIFEST)
-        for name, expected in manifest["sha256"].items():
-            try:
-                found = hashlib.sha256((path / name).read_bytes()).hexdigest()
-            except OSError as error:
-                raise BundleError(f"{path / name} cannot be read ({error.strerror}); the bundle is incomplete, export or fetch it again.") from error
-            if found != expected:
-                raise BundleError(
-                    f"{path / name} is not the file this bundle was written with; it is altered or from another bundle, export or fetch it again."
-                )
         bundle = cls(path, manifest)
+        for name in manifest["sha256"]:
+            bundle.read(name)
         if bundle.kind == "split" and len(bundle.tables.freqs) != bundle.code_shape[0]:
             raise BundleError(f"{path / CODEC} has {len(bundle.tables.freqs)} channels where {DEVICE} gives {bundle.code_shape[0]}; export the bundle again.")
         return bundle
+
+    def read(self, name: str) -> bytes:
+        """The bytes of the file called `name`, checked against the manifest at every read: the folder may have been replaced since it was loaded.
+
+        Raises:
+            BundleError: the file is missing or altered.
+        """
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{self.path / name} cannot be read ({error.strerror}); the bundle is incomplete, export or fetch it again.") from error
+        if hashlib.sha256(data).hexdigest() != self.manifest["sha256"][name]:
+            raise BundleError(
+                f"{self.path / name} is not the file this bundle was written with; it is altered or from another bundle, export or fetch it again."
+            )
+        return data
 
     @property
     def kind(self) -> str:
@@ -101,17 +110,17 @@ class Bundle:
 
     @cached_property
     def tables(self) -> CodecTables:
-        return CodecTables.from_dict(json.loads((self.path / CODEC).read_text()))
+        return CodecTables.from_dict(json.loads(self.read(CODEC)))
 
     def session(self, name: str, threads: int) -> ort.InferenceSession:
         """An ONNX Runtime session of the file called `name`.
 
         Raises:
-            BundleError: this kind of bundle has no such file.
+            BundleError: this kind of bundle has no such file, or it was altered.
         """
         if name not in self.manifest["sha256"]:
             raise BundleError(f"{self.path} is an {self.kind} bundle and has no {name}; use a bundle of another kind.")
-        return open_session(self.path / name, threads)
+        return open_session(self.read(name), threads)
 
 
 def write_bundle(
@@ -184,8 +193,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is not as it was written; export or fetch the bundle again.")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise BundleError(f"{path} is of schema {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; export the bundle again.")
-    if set(manifest["sha256"]) != set(FILES.get(manifest["kind"], ())):
-        raise BundleError(f"{path} lists other files than a {manifest['kind']} bundle has; export the bundle again.")
+    if set(manifest.get("sha256", ())) != set(FILES.get(manifest.get("kind", ""), ())):
+        raise BundleError(f"{path} lists other files than a {manifest.get('kind')} bundle has; export the bundle again.")
     return manifest
 
 

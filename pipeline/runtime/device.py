@@ -19,12 +19,12 @@ from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, Bundle
 from pipeline.runtime.coder import encode
 from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import Kind, pack, unpack
+from pipeline.runtime.preprocess import IMAGE_SUFFIXES, open_image
 from pipeline.runtime.timing import Stopwatch, timed
 from pipeline.runtime.transport import EdgeUnreachable, Transport
 
 PARTS = ("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "total_ms")
 LOSSLESS = 100
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 Picture = Image.Image | NDArray[np.uint8]
 
@@ -142,7 +142,7 @@ def classify_directory(bundle: Bundle, edge: Transport | None, paths: Iterable[P
     for path in _image_files(paths):
         record: dict[str, Any] = {"file": str(path)}
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 answer = _classify(device, edge if bundle.kind != "device-only" else None, image, record)
         except (OSError, DataError, Image.DecompressionBombError) as error:
             yield {"file": str(path), "error": f"{path} cannot be read as an image ({error}); replace or remove it."}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,28 @@ from PIL import Image, ImageOps
 
 from pipeline.errors import BundleError
 
+# Pillow opens more, some by starting other programs; a camera's pictures and data sets need no more than these.
+IMAGE_FORMATS = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "PPM": (".ppm",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in `path`, of one of `IMAGE_FORMATS`, not yet decoded.
+
+    Raises:
+        OSError: it cannot be read or is of no such format.
+    """
+    return Image.open(path, formats=list(IMAGE_FORMATS))
 
 
 @dataclass(frozen=True)

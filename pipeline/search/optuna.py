@@ -24,7 +24,7 @@ from pipeline.errors import CoinferError, ModelError, ParamsError
 from pipeline.search.candidate import INPUT, OUTPUT, Candidate, Measurement
 from pipeline.search.pareto import OBJECTIVES, Limits, Trial, not_finite
 
-RANDOM_TRIALS = 10  # after the baselines, before TPE has enough to learn from
+RANDOM_TRIALS = 5  # after the baselines, before TPE has enough to learn from
 POPULATION = 16
 PROPOSALS_PER_TRIAL = 3  # a small space runs out of candidates not seen before
 
@@ -80,7 +80,7 @@ def search(space: Space, measure: Measure, limits: Limits, *, journal: Path, see
     ArithmeticError or RuntimeError or return NaN: the trial is then recorded as failed and the search goes on.
 
     Raises:
-        CoinferError: the journal is damaged, cannot be written, or another search is using it.
+        CoinferError: the journal is damaged, cannot be written, or another search is using it; or a trial ran out of memory.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _alone(journal):
@@ -135,11 +135,17 @@ def _evaluate(number: int, candidate: Candidate, seen: Trial | None, measure: Me
     try:
         measurement = measure(candidate, trial_seed)
     except (ModelError, ValueError, ArithmeticError, RuntimeError) as error:
-        return Trial(number, candidate, None, failure=" ".join(str(error).split()) or type(error).__name__)
+        if "memory" in str(error) and not isinstance(error, ModelError):  # torch has no class of its own for this; another day the trial may pass
+            raise CoinferError(f"trial {number} ran out of memory ({_one_line(error)}); earlier trials are kept, free some and run again.") from error
+        return Trial(number, candidate, None, failure=_one_line(error))
     wrong = not_finite(measurement)
     if wrong:
         return Trial(number, candidate, None, failure=f"{', '.join(wrong)} came out as no finite number")
     return Trial(number, candidate, measurement)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, row: Trial, limits: Limits) -> None:

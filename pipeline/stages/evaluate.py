@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.machine import describe_machine
 from pipeline.params import Device, Params
 from pipeline.paths import DevicePaths
 from pipeline.plots import latency_against_rate, latency_breakdown, write_csv
-from pipeline.runtime.bundle import Bundle
+from pipeline.runtime.bundle import Bundle, open_session
 from pipeline.runtime.device import PARTS, Answer
 from pipeline.runtime.frame import OVERHEAD_BYTES
 from pipeline.search.candidate import Candidate
@@ -26,13 +27,15 @@ from pipeline.ways import ask, edges, ways
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
 
+BATCH = 256
+
 
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     """Write evaluate/metrics.json (nothing timed), evaluate/plots/*.csv and timing.json of `device`; return the metrics.
 
-    Every test image is classified by the chosen split (if one was chosen), by the device alone and by the edge alone, which gets a WebP image of the
-    quality that search found cheapest. Device-only and edge-only run the bundle's device-only.onnx. The first `evaluate.latency_images` test images are
-    then timed with the emulated link and slowdowns, the three ways in turns, so that what else this machine does falls on all of them.
+    Every test image is classified by the chosen split (if one was chosen), by the device alone, which runs the bundle's device-only.onnx, and by the
+    edge alone, which runs the reference network on a WebP image of the quality that search found cheapest. The first `evaluate.latency_images` test
+    images are then timed with the emulated link and slowdowns, the three ways in turns, so that what else this machine does falls on all of them.
 
     Raises:
         CoinferError: an input is missing or damaged, the edge process did not start, or an out cannot be written.
@@ -40,13 +43,13 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     """
     settings, paths = params.device(device), DevicePaths(device)
     bundle, search = Bundle.load(paths.bundle), read_json(paths.chosen, "the chosen candidate")
-    threads = int(read_json(paths.device_profile, "the device profile")["threads"])
+    threads, edge_threads = (int(read_json(path, "a profile")["threads"]) for path in (paths.device_profile, paths.edge_profile))
     tensors = load_split("test")
     images, labels = tensors[0].numpy(), tensors[1].numpy()
     link = Link(settings.link.rate_mbps, settings.link.rtt_ms)
     timed, warmup = images[: params.evaluate.latency_images], params.evaluate.warmup_images
     try:
-        with edges(bundle, search["edge_only"]["candidate"], threads, settings.edge_slowdown) as served:
+        with edges(bundle, paths.reference_onnx, search["edge_only"]["candidate"], edge_threads, settings.edge_slowdown) as served:
             with ways(bundle, served, threads) as every:
                 answers = ask(every, images, f"evaluate {device}")
             with ways(bundle, served, threads, link, settings.slowdown) as every:
@@ -56,11 +59,13 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
         raise Interrupted(f"evaluate {device} was interrupted; nothing is kept, `dvc repro` starts it over.") from None
 
     metrics = _metrics(bundle, search, settings, answers, labels)
+    metrics["accuracy_reference"] = _accuracy(paths.reference_onnx, edge_threads, bundle, images, labels)
     timing = {
         "bundle_id": bundle.manifest["bundle_id"],
         "images": len(timed),
         "warmup_images": warmup,
         "threads": threads,
+        "edge_threads": edge_threads,
         "machine": describe_machine(),
         **{key: metrics[key] for key in ("link", "slowdown", "edge_slowdown")},
         "latency_ms": {mode: _spreads(rows) for mode, rows in times.items()},
@@ -71,7 +76,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     rates = np.geomspace(link.rate_mbps / 100, link.rate_mbps * 100, 41)
     totals = {mode: [_predicted(metrics[mode], Link(rate, link.rtt_ms))["total_ms"] for rate in rates] for mode in answers}
     with atomic_directory(paths.plots) as folder:
-        write_csv(folder / "latency_vs_rate.csv", ["rate_mbps", *totals], zip(rates, *totals.values(), strict=True))
+        write_csv(folder / "latency_vs_rate.csv", ["rate_mbps", "chosen", *totals], zip(rates, totals[metrics["chosen"]], *totals.values(), strict=True))
         write_csv(folder / "latency_parts.csv", ["mode", *PARTS], ([mode, *(metrics[mode]["predicted_ms"][part] for part in PARTS)] for mode in answers))
         chosen = [bundle.classes[int(answer.logits.argmax())] for answer in answers[metrics["chosen"]]]
         write_csv(folder / "confusion.csv", ["actual", "predicted"], zip([bundle.classes[label] for label in labels], chosen, strict=True))
@@ -82,6 +87,15 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     for path in (paths.metrics, paths.timing, *sorted(paths.plots.iterdir())):
         tracker.log_file(path)
     return metrics
+
+
+def _accuracy(network: Path, threads: int, bundle: Bundle, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:
+    """Top-1 share of `images` uint8 (N, 3, S, S) that the ONNX file `network` gets right, many at a time."""
+    session, right = open_session(network, threads), 0
+    for start in range(0, len(images), BATCH):
+        logits = session.run(None, {session.get_inputs()[0].name: bundle.preprocessing.tensor(images[start : start + BATCH])})[0]
+        right += int((logits.argmax(1) == labels[start : start + BATCH]).sum())
+    return right / len(labels)
 
 
 def _metrics(bundle: Bundle, search: Mapping[str, Any], settings: Device, answers: Mapping[str, list[Answer]], labels: NDArray[np.int64]) -> dict[str, Any]:
@@ -131,7 +145,8 @@ def _spreads(rows: list[Answer]) -> dict[str, dict[str, float]]:
 
 
 def _track(tracker: Tracker, device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-    numbers: dict[str, float] = {}
+    tracker.log_params({"coder": timing["machine"]["coder"]})
+    numbers: dict[str, float] = {"accuracy_reference": metrics["accuracy_reference"]}
     for mode, measured in timing["latency_ms"].items():
         numbers[f"accuracy_{mode}"] = metrics[mode]["accuracy"]
         for size in {"payload_bits", "frame_bytes", "wire_bytes"} & metrics[mode].keys():

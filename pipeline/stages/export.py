@@ -18,7 +18,7 @@ from models.cutting import split
 from models.pruning import ChannelPlan, rebuild
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted, ModelError
-from pipeline.files import atomic_write_json, read_json
+from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
 from pipeline.onnx_export import OPSET, export_onnx
 from pipeline.params import Params
 from pipeline.parity import check_split, check_whole
@@ -36,9 +36,10 @@ BATCH = 256
 
 
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
-    """Write artifacts/DEVICE/bundle and parity.json, and return what parity.json holds.
+    """Write artifacts/DEVICE/bundle and export/{reference.onnx, parity.json}, and return what parity.json holds.
 
-    device-only.onnx is the reference network, except in the bundle of a chosen (pruned) device-only candidate, which holds that one.
+    reference.onnx is the unsplit network that `evaluate` compares with. So is the bundle's device-only.onnx, unless a pruned device-only
+    candidate was chosen, which it then holds.
 
     Raises:
         ParityError: the exported halves do not compute what was trained; then no bundle is written.
@@ -72,10 +73,14 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         files = _halves(network, example)
         tables = build_tables(_symbols(files[DEVICE], preprocessing), bits)
         parity["split"] = check_split(network, files[DEVICE], files[EDGE], tables, preprocessing, validation)
-    whole = rebuild(split(backbone, example, candidate.cut)[0], plan) if candidate.kind == "device-only" and plan.kept else backbone
-    _load(whole, paths.split_weights if candidate.kind == "device-only" else paths.reference_weights)
-    files[DEVICE_ONLY] = export_onnx(whole, example, input_name="image", output_name="logits")
-    parity["device_only"] = check_whole(whole, files[DEVICE_ONLY], DEVICE_ONLY, preprocessing, validation)
+    _load(backbone, paths.reference_weights)
+    reference = files[DEVICE_ONLY] = export_onnx(backbone, example, input_name="image", output_name="logits")
+    parity["reference"] = check_whole(backbone, reference, paths.reference_onnx.name, preprocessing, validation)
+    if candidate.kind == "device-only" and plan.kept:
+        whole = rebuild(split(backbone, example, candidate.cut)[0], plan)
+        _load(whole, paths.split_weights)
+        files[DEVICE_ONLY] = export_onnx(whole, example, input_name="image", output_name="logits")
+        parity["device_only"] = check_whole(whole, files[DEVICE_ONLY], DEVICE_ONLY, preprocessing, validation)
     if candidate.kind == "edge-only":
         files[EDGE] = files[DEVICE_ONLY]
 
@@ -96,6 +101,7 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
             "reference": spec["reference"],
         },
     )
+    atomic_write_bytes(paths.reference_onnx, reference)
     atomic_write_json(paths.parity, result)
     _track(tracker, bundle, tables, preprocessing.tensor(validation[:1].numpy()))
     tracker.log_metrics({f"parity_{name}.{key}": value for name, numbers in parity.items() for key, value in numbers.items()})

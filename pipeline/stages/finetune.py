@@ -21,6 +21,7 @@ from pipeline.data import load_card, load_split
 from pipeline.distilling import Distiller
 from pipeline.errors import Interrupted
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
+from pipeline.fingerprint import TRAINING_CODE, fingerprint
 from pipeline.inference import accuracy
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DevicePaths
@@ -50,6 +51,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     pretrained = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS).eval()
     data = DataModule(train, validation, settings, params.run.seed)
     inputs = [params.run.model_dump(), params.backbone.name, settings.model_dump(), params.pretrain.label_smoothing, card.sha256, _digest(BACKBONE_WEIGHTS)]
+    code = fingerprint([*TRAINING_CODE, "pipeline/stages/finetune.py"], params.backbone.name)
     folders: list[Path] = []
     curves: list[dict[str, Any]] = []
 
@@ -58,7 +60,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
             curves.append({"training": name, **row})
             tracker.log_metrics({f"{name}_{key}": row[key] for key in ("loss", "accuracy_validation")}, step=int(row["epoch"]))
 
-        folder = checkpoint_folder(f"finetune-{device}", name, [*inputs, *further])
+        folder = checkpoint_folder(f"finetune-{device}", name, [*inputs, code, *further])
         try:
             fit(
                 module,

@@ -12,6 +12,7 @@ from models.backbones import build_backbone
 from pipeline.data import load_card, load_split
 from pipeline.errors import ParamsError
 from pipeline.files import atomic_write_bytes, atomic_write_json
+from pipeline.fingerprint import TRAINING_CODE, fingerprint
 from pipeline.inference import accuracy
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_CURVES, BACKBONE_METRICS, BACKBONE_WEIGHTS
@@ -47,7 +48,8 @@ def run(params: Params, tracker: Tracker) -> dict[str, float]:
     folders = []
     if settings.epochs:
         inputs = [params.run.model_dump(), params.backbone.name, settings.model_dump(), card.sha256, hashlib.sha256(start).hexdigest()]
-        folders = [checkpoint_folder("pretrain", "backbone", inputs)]
+        code = fingerprint([*TRAINING_CODE, "pipeline/stages/pretrain.py"], params.backbone.name)
+        folders = [checkpoint_folder("pretrain", "backbone", [*inputs, code])]
         history = fit(
             Classifier(network, settings, settings.label_smoothing),
             DataModule(train, validation, settings, params.run.seed),

@@ -6,16 +6,12 @@ import hashlib
 import json
 import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import optuna
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import models
-import pipeline
 from models.backbones import build_backbone
 from models.cutting import CutPoint
 from pipeline.costs.device_profile import DeviceProfile, backbone_key
@@ -23,6 +19,7 @@ from pipeline.costs.link import Link
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted
 from pipeline.files import atomic_write_json, atomic_write_text, read_json
+from pipeline.fingerprint import fingerprint
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths
 from pipeline.search.evaluator import Deployment, Evaluator
@@ -33,7 +30,15 @@ from pipeline.search.pareto import MEASURED, OBJECTIVES, Limits, Trial, baseline
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
 
-CODE = ["models/*.py", "pipeline/data.py", "pipeline/costs/*.py", "pipeline/runtime/*.py", "pipeline/search/*.py"]
+CODE = (
+    "models/*.py",
+    "pipeline/costs/*.py",
+    "pipeline/data.py",
+    "pipeline/inference.py",
+    "pipeline/runtime/*.py",
+    "pipeline/search/*.py",
+    "pipeline/stages/search.py",
+)
 
 
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
@@ -48,7 +53,6 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     evaluator = _evaluator(params, device)
     limits = Limits(evaluator.reference_accuracy - params.objective.max_accuracy_drop, target.memory_mb)
     journal = STUDIES / _study_key(params, device) / "journal.log"
-    tracker.log_params({"search": settings.model_dump(), "objective": params.objective.model_dump(), "device": target.model_dump()})
 
     space = evaluator.space()
     trials: list[Trial] = []
@@ -106,16 +110,14 @@ def _evaluator(params: Params, device: str) -> Evaluator:
 def _study_key(params: Params, device: str) -> str:
     """Names all that a trial's outcome depends on, so not how many there are nor what is chosen from them: more trials go on with the same study."""
     paths = DevicePaths(device)
-    roots = {name: Path(package.__path__[0]).parent for name, package in (("models", models), ("pipeline", pipeline))}
-    code = sorted((file.relative_to(root), file) for pattern in CODE for root in [roots[pattern.split("/")[0]]] for file in root.glob(pattern))
-    inputs = [(path, path) for path in (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile)]
+    inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile)
     known = {
         "run": params.run.model_dump(),
         "backbone": params.backbone.name,
         "device": [device, params.device(device).memory_mb, params.device(device).link.model_dump()],
         "search": params.search.model_dump(exclude={"trials"}),
         "max_accuracy_drop": params.objective.max_accuracy_drop,
-        "files": {name.as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for name, file in (*inputs, *code)},
-        "versions": [torch.__version__, optuna.__version__],
+        "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
+        "code": fingerprint(CODE, params.backbone.name),
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

@@ -288,6 +288,11 @@ class Random(nn.Module):
         return image.mean((2, 3)) + torch.randn(3)
 
 
+class RandomScale(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.mean((2, 3)) * torch.randn(3)
+
+
 class OtherInTraining(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         return image.mean((2, 3)) if self.training else image.amax((2, 3))
@@ -296,6 +301,11 @@ class OtherInTraining(nn.Module):
 class FrozenBatch(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         return image.mean((2, 3)).view(1, 3)
+
+
+def test_a_wrong_graph_is_seen_on_an_example_of_zeros_too() -> None:
+    with pytest.raises(ModelError, match="its graph gives other logits"):
+        cut_points(RandomScale(), torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,9 @@ def test_every_field_is_documented_with_its_meaning():
                 yield name, field.description
 
     assert [name for name, description in walk(Params) if not description] == []
+
+
+def test_a_key_that_is_no_word_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("run: {? [1, 2] : 3}\n")
+    with pytest.raises(ParamsError, match="a key must be a word"):
+        load_params(tmp_path / "params.yaml")

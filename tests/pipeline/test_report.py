@@ -32,12 +32,14 @@ def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DevicePaths:
         "bundle_id": "00ff",
         "link": {"rate_mbps": 0.1, "rtt_ms": 10.0},
         "slowdown": 20.0,
+        "edge_slowdown": 1.0,
         "split": mode("split", 0.975),
         "device_only": mode("device-only", 0.98, sends=False),
         "edge_only": mode("WebP q75", 0.9612),
     }
     spread = {part: {"median": ms, "low": ms, "high": ms} for part, ms in TIMES.items()}
-    timing = {"bundle_id": "00ff", "images": 200, "latency_ms": dict.fromkeys(("split", "device_only", "edge_only"), spread)}
+    same = {key: metrics[key] for key in ("bundle_id", "link", "slowdown", "edge_slowdown")}
+    timing = {**same, "images": 200, "latency_ms": dict.fromkeys(("split", "device_only", "edge_only"), spread)}
     paths.metrics.parent.mkdir(parents=True)
     paths.metrics.write_text(json.dumps(metrics))
     paths.timing.write_text(json.dumps(timing))
@@ -72,8 +74,9 @@ def test_a_clone_without_measured_times_sees_predicted_ones(evaluated: DevicePat
     assert "56.50" in out
 
 
-def test_times_of_another_bundle_are_not_shown(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluated.timing.write_text(json.dumps({**json.loads(evaluated.timing.read_text()), "bundle_id": "other"}))
+@pytest.mark.parametrize("other", [{"bundle_id": "other"}, {"link": {"rate_mbps": 2.0, "rtt_ms": 10.0}}, {"slowdown": 1.0}])
+def test_times_of_another_bundle_or_link_are_not_shown(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str], other: dict[str, Any]) -> None:
+    evaluated.timing.write_text(json.dumps(json.loads(evaluated.timing.read_text()) | other))
     print_report("camera")
     assert "28.25" not in capsys.readouterr().out
 

@@ -9,7 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from pipeline.errors import CoinferError
+from pipeline.cli import SECTIONS
+from pipeline.errors import CoinferError, Interrupted
+from pipeline.params import load_params
 from pipeline.tracking import EXPERIMENT, stage_run, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,3 +113,40 @@ def test_experiments_in_copies_log_to_the_database_of_the_repository(tmp_path, w
         call(dvc, "exp", "run", "-q", "--run-all")
     call(dvc, "exp", "apply", "-q", "other")
     assert (tmp_path / "uri.txt").read_text() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_a_relative_database_lies_at_the_dvc_root_too(workdir, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    monkeypatch.setenv("DVC_ROOT", str(elsewhere := tmp_path_factory.mktemp("root")))
+    assert tracking_uri() == f"sqlite:///{elsewhere / 'runs.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    assert tracking_uri() == "http://localhost:5000"
+
+
+def test_an_interrupted_stage_is_told_from_a_failed_one(database, workdir):
+    with pytest.raises(Interrupted), stage_run("prepare", None, workdir / "params.yaml"):
+        raise Interrupted("stopped")
+    _, found = runs(database)
+    assert [run.info.status for run in found] == ["KILLED"]
+
+
+def test_what_mlflow_refuses_in_a_stage_is_one_sentence(database, workdir):
+    def stage():
+        with stage_run("prepare", None, workdir / "params.yaml") as tracker:
+            tracker.log_params({"epochs": 1})
+            tracker.log_params({"epochs": 2})  # MLflow keeps one value a key
+
+    with pytest.raises(CoinferError, match="check MLFLOW_TRACKING_URI"):
+        stage()
+
+
+def test_every_stage_shows_its_parameters(database, workdir):
+    params = load_params()
+    for stage, sections in SECTIONS.items():
+        with stage_run(stage, None, workdir / "params.yaml") as tracker:
+            tracker.log_params(params.model_dump(include=set(sections)) | {"device": params.device("camera").model_dump()})
+    _, found = runs(database)
+    assert {run.data.tags["stage"] for run in found} == set(SECTIONS)
+    for run in found:
+        assert run.data.params["device.link.rate_mbps"] == "10.0"
+        assert {key.split(".")[0] for key in run.data.params} == {*SECTIONS[run.data.tags["stage"]], "device"}

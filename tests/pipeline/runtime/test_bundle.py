@@ -115,3 +115,11 @@ def test_a_file_the_kind_lacks_is_refused(make_bundle):
 def test_nothing_in_a_manifest_names_a_path_of_this_machine(make_bundle):
     bundle = make_bundle()
     assert str(bundle.path.parent) not in json.dumps(bundle.manifest)
+
+
+def test_a_file_replaced_after_loading_is_not_run(make_bundle):
+    bundle, other = make_bundle(), make_bundle(seed=1)
+    (bundle.path / DEVICE_ONLY).write_bytes((other.path / DEVICE_ONLY).read_bytes())
+    bundle.session(DEVICE, 1)
+    with pytest.raises(BundleError, match=f"{DEVICE_ONLY} is not the file this bundle was written with"):
+        bundle.session(DEVICE_ONLY, 1)

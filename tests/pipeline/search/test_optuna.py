@@ -149,3 +149,16 @@ def test_limits_reach_the_sampler_as_constraints(tmp_path):
     device_only = optuna.load_study(study_name="search", storage=storage).trials[0]
     assert device_only.constraints["accuracy"] < 0
     assert device_only.constraints["memory"] == pytest.approx(1 / 5 - 1)
+
+
+def test_running_out_of_memory_is_no_result_of_a_trial(tmp_path):
+    def hungry(candidate, trial_seed):
+        if candidate.kind == "split":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return fake_measure(candidate, trial_seed)
+
+    with pytest.raises(CoinferError, match="ran out of memory"):
+        run(tmp_path, measure=hungry)
+    kept = journal_in(tmp_path).read_bytes()
+    assert run(tmp_path) == run(tmp_path / "afresh")
+    assert journal_in(tmp_path).read_bytes().startswith(kept)

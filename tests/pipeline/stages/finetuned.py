@@ -52,7 +52,8 @@ def write_finetuned(params: Params, candidate: Candidate) -> DevicePaths:
     save_file(network.state_dict(), paths.split_weights)
     save_file(reference.state_dict(), paths.reference_weights)
     paths.split_spec.write_text(json.dumps({"candidate": candidate.to_dict(), "plan": plan.to_dict(), "reference": "pretrained"}))
-    paths.device_profile.write_text(json.dumps({"threads": 1}))
+    for profile in (paths.device_profile, paths.edge_profile):
+        profile.write_text(json.dumps({"threads": 1}))
     paths.chosen.write_text(json.dumps({"chosen": _point(candidate), "device_only": _point(DEVICE_ONLY), "edge_only": _point(EDGE_ONLY)}))
     return paths
 

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from models.backbones import build_backbone
 from pipeline.costs.link import wire_bytes
+from pipeline.data import load_split
 from pipeline.errors import BundleError, Interrupted
+from pipeline.inference import accuracy
 from pipeline.params import Params, parse_params
 from pipeline.paths import DevicePaths
 from pipeline.report import print_report
+from pipeline.runtime.bundle import DEVICE_ONLY, EDGE, Bundle
 from pipeline.runtime.device import PARTS
 from pipeline.search.candidate import Candidate
 from pipeline.stages import evaluate, export
+from pipeline.ways import edges
 from tests.conftest import RecordingTracker
 from tests.pipeline.stages.finetuned import CLASSES, COUNTS, EDGE_ONLY, SPLIT, write_finetuned
 
@@ -31,7 +36,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundled(workdir: Path, digits_params: Params, artifacts: Path, request: pytest.FixtureRequest) -> DevicePaths:
     candidate: Candidate = getattr(request, "param", SPLIT)
-    kept = artifacts / candidate.kind
+    kept = artifacts / candidate.label()
     if not kept.exists():
         write_finetuned(digits_params, candidate)
         export.run(digits_params, "camera", RecordingTracker())
@@ -76,7 +81,8 @@ def test_every_test_image_goes_all_three_ways(
     assert set(timing["raw"]["device_only"]["link_ms"]) == {0}
 
     by_rate = rows(bundled.plots / "latency_vs_rate.csv")
-    assert list(by_rate[0]) == ["rate_mbps", *MODES]
+    assert list(by_rate[0]) == ["rate_mbps", "chosen", *MODES]
+    assert all(row["chosen"] == row["split"] for row in by_rate)
     assert float(by_rate[20]["rate_mbps"]) == pytest.approx(10)
     assert float(by_rate[20]["split"]) == pytest.approx(metrics["split"]["predicted_ms"]["total_ms"], rel=1e-4)
     assert len({row["device_only"] for row in by_rate}) == 1
@@ -110,6 +116,22 @@ def test_a_device_only_choice_is_compared_with_the_edge_alone(bundled: DevicePat
     assert metrics["chosen"] == "device_only"
     assert list(json.loads(bundled.timing.read_text())["latency_ms"]) == ["device_only", "edge_only"]
     assert "payload_bits" in metrics["edge_only"]
+
+
+@pytest.mark.parametrize("bundled", [Candidate(cut="output", keep=(("block1", 0.5),))], indirect=True)
+def test_a_pruned_device_only_choice_is_compared_with_the_unpruned_network(
+    bundled: DevicePaths, digits_params: Params, tracker: RecordingTracker, tmp_path: Path
+) -> None:
+    metrics = evaluate.run(digits_params, "camera", tracker)
+    images, labels = load_split("test")
+    size = digits_params.data.image_size
+    reference = build_backbone(digits_params.backbone.name, len(CLASSES), size, bundled.reference_weights).eval()
+    assert metrics["chosen"] == "device_only"
+    assert metrics["accuracy_reference"] == pytest.approx(accuracy(reference, (images, labels)))
+    with edges(Bundle.load(bundled.bundle), bundled.reference_onnx, EDGE_ONLY.to_dict(), 1, 1) as served:
+        edge = served["edge_only"][0]
+    assert edge.read(EDGE) == bundled.reference_onnx.read_bytes()
+    assert edge.read(EDGE) != (bundled.bundle / DEVICE_ONLY).read_bytes()
 
 
 def test_slowdown_and_link_are_emulated(bundled: DevicePaths, digits_fields: dict, tracker: RecordingTracker) -> None:  # type: ignore[type-arg]

@@ -31,7 +31,7 @@ def test_split_passes_the_gate_and_becomes_a_bundle_that_answers(workdir: Path, 
     assert parity["images"] == parity["split"]["frames_exact"] == COUNTS["validation"]
     assert parity["split"]["symbols"] == COUNTS["validation"] * 4 * 8 * 8
     assert parity["split"]["symbols_differing"] <= parity["split"]["symbols_allowed"]
-    assert parity["split"]["top1_equal"] == parity["device_only"]["top1_equal"] == 1
+    assert parity["split"]["top1_equal"] == parity["reference"]["top1_equal"] == 1
     assert json.loads(paths.parity.read_text()) == parity
 
     bundle = Bundle.load(paths.bundle)
@@ -86,7 +86,8 @@ def test_edge_half_of_other_weights_stops_the_stage_before_a_bundle(
 def test_pruned_device_only_bundle_holds_the_pruned_network(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
     paths = write_finetuned(digits_params, Candidate(cut="output", keep=(("block2", 0.5),)))
     parity = export.run(digits_params, "camera", tracker)
-    assert set(parity) == {"images", "device_only"}
+    assert set(parity) == {"images", "reference", "device_only"}
+    assert paths.reference_onnx.read_bytes() != (paths.bundle / "device-only.onnx").read_bytes()
     bundle = Bundle.load(paths.bundle)
     assert bundle.kind == "device-only"
     assert DeviceHalf(bundle).classify_locally(np.zeros((3, 16, 16), np.uint8)).logits.shape == (3,)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ def break_unknown_class(root: Path) -> None:
     (root / "test" / "dog").rename(root / "test" / "owl")
 
 
+def break_untested_class(root: Path) -> None:
+    shutil.rmtree(root / "test" / "dog")
+
+
 def break_no_test(root: Path) -> None:
     (root / "test").rename(root / "tests")
 
@@ -118,6 +123,7 @@ def break_few(root: Path) -> None:
     [
         (break_empty_class, "train/owl holds no image"),
         (break_unknown_class, "test/owl is a class that .*train does not have"),
+        (break_untested_class, "train/dog is a class that .*test does not have"),
         (break_no_test, "test cannot be read"),
         (break_one_class, "train holds 1 class"),
         (break_few, "the gate split would be empty with 8 training images"),
