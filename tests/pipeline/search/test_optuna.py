@@ -81,7 +81,7 @@ def test_trials_are_evaluations_beyond_the_baselines_and_none_is_made_twice(tmp_
 
 
 def test_a_failing_candidate_is_recorded_and_the_search_goes_on(tmp_path):
-    rows = rows_of(run(tmp_path, trials=30))
+    rows = rows_of(run(tmp_path, trials=60))
     reasons = {row["failure"] for row in rows if row["state"] == "failed"}
     assert reasons == {"the fake runs out of luck", "accuracy came out as no finite number"}
     assert rows[-1]["number"] == str(len(rows) - 1)

@@ -129,9 +129,9 @@ def test_a_pruned_device_only_choice_is_compared_with_the_unpruned_network(
     assert metrics["chosen"] == "device_only"
     assert metrics["accuracy_reference"] == pytest.approx(accuracy(reference, (images, labels)))
     with edges(Bundle.load(bundled.bundle), bundled.reference_onnx, EDGE_ONLY.to_dict(), 1, 1) as served:
-        edge = served["edge_only"][0]
-    assert edge.read(EDGE) == bundled.reference_onnx.read_bytes()
-    assert edge.read(EDGE) != (bundled.bundle / DEVICE_ONLY).read_bytes()
+        on_edge = served["edge_only"][0].read(EDGE)
+    assert on_edge == bundled.reference_onnx.read_bytes()
+    assert on_edge != (bundled.bundle / DEVICE_ONLY).read_bytes()
 
 
 def test_slowdown_and_link_are_emulated(bundled: DevicePaths, digits_fields: dict, tracker: RecordingTracker) -> None:  # type: ignore[type-arg]

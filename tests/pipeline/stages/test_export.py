@@ -103,8 +103,8 @@ def test_edge_only_bundle_runs_the_reference_on_the_edge(workdir: Path, digits_p
 
 def test_missing_weights_say_what_to_run(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
     paths = write_finetuned(digits_params, DEVICE_ONLY)
-    paths.split_weights.unlink()
-    with pytest.raises(CoinferError, match=r"split.safetensors are missing .* run `dvc repro`"):
+    paths.reference_weights.unlink()
+    with pytest.raises(CoinferError, match=r"reference.safetensors are missing .* run `dvc repro`"):
         export.run(digits_params, "camera", tracker)
     paths.split_spec.unlink()
     with pytest.raises(CoinferError, match="run `dvc repro`"):
