@@ -118,7 +118,7 @@ def test_a_device_only_choice_is_compared_with_the_edge_alone(bundled: DevicePat
     assert "payload_bits" in metrics["edge_only"]
 
 
-@pytest.mark.parametrize("bundled", [Candidate(cut="output", keep=(("block1", 0.5),))], indirect=True)
+@pytest.mark.parametrize("bundled", [Candidate(cut="output", keep=(("block2", 0.5),))], indirect=True)
 def test_a_pruned_device_only_choice_is_compared_with_the_unpruned_network(
     bundled: DevicePaths, digits_params: Params, tracker: RecordingTracker, tmp_path: Path
 ) -> None:
