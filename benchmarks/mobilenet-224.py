@@ -29,12 +29,12 @@ EDITS: dict[str, dict[str, Any]] = {
     "data": {"source": "folder", "path": "data/large", "image_size": 224},
     "backbone": {"name": "mobilenet_v3_small"},
     "pretrain": TRAINING,
-    "search": {"trials": 3, "codec_steps": 4, "train_images": 64, "batch_size": 16, "keep": [0.5, 1.0], "bits": [2, 4], "webp_qualities": [90, 30]},
-    "objective": {"max_accuracy_drop": 0.9},
+    "search": {"trials": 5, "codec_steps": 4, "train_images": 64, "batch_size": 16, "keep": [0.5, 1.0], "bits": [2, 4], "webp_qualities": [90, 30]},
+    "objective": {"max_accuracy_drop": 0.9, "minimize": "wire_bytes"},
     "finetune": TRAINING,
     "evaluate": {"latency_images": 20, "warmup_images": 2},
 }
-CAMERA = {"profile": "measure", "slowdown": 5, "edge_profile": "measure", "link": {"rate_mbps": 1.0, "rtt_ms": 10}}
+CAMERA = {"profile": "measure", "slowdown": 5, "edge_profile": "measure", "memory_mb": 4, "link": {"rate_mbps": 1.0, "rtt_ms": 10}}
 PLAN = {"rounds": 3, "repeats": 4, "warmup": 1, "keep": [1, 0.5], "code_channels": [8], "strides": [1, 2]}
 
 
