@@ -27,19 +27,24 @@ def timed(*command: str) -> float:
     return time.perf_counter() - start
 
 
-def stage_seconds() -> dict[str, float]:
-    """Stage -> seconds of its latest finished MLflow run of this working copy."""
+def stage_seconds() -> tuple[dict[str, float], list[str]]:
+    """Stage -> seconds of its latest finished MLflow run of this working copy; and the stages whose run before was not finished."""
     client = mlflow.MlflowClient(tracking_uri())
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     found: dict[str, float] = {}
+    resumed = []
     for stage in STAGES:
-        wanted = f"tags.stage = '{stage}' and tags.project = '{provenance(stage, None, PARAMS)['project']}' and attributes.status = 'FINISHED'"
+        wanted = f"tags.stage = '{stage}' and tags.project = '{provenance(stage, None, PARAMS)['project']}' "
         runs = client.search_runs([experiment.experiment_id], wanted, order_by=["attributes.start_time DESC"])
         runs = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-        if runs:
-            found[stage] = (runs[0].info.end_time - runs[0].info.start_time) / 1e3
-    return found
+        finished = [number for number, run in enumerate(runs) if run.info.status == "FINISHED"]
+        if finished:
+            latest = runs[finished[0]]
+            found[stage] = (latest.info.end_time - latest.info.start_time) / 1e3
+            if any(run.info.status != "FINISHED" for run in runs[finished[0] + 1 :][:1]):
+                resumed.append(stage)
+    return found, resumed
 
 
 def collect(device: str, repro_s: float | None, noop_repro_s: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, str], list[int]]:
@@ -52,7 +57,7 @@ def collect(device: str, repro_s: float | None, noop_repro_s: float) -> tuple[di
     link, n = metrics["link"], metrics["images"]
     where = f"{link['rate_mbps']:g} Mbit/s, {link['rtt_ms']:g} ms round trip, device slowed {metrics['slowdown']:g}x, edge {metrics['edge_slowdown']:g}x"
     split = metrics.get("split")
-    seconds = stage_seconds()
+    seconds, resumed = stage_seconds()
     figures = {
         "accuracy_reference": figure(
             metrics["accuracy_reference"],
@@ -92,10 +97,12 @@ def collect(device: str, repro_s: float | None, noop_repro_s: float) -> tuple[di
         figures["repro_s"] = figure(repro_s, "s", "`dvc repro`, nothing cached")
     elif untimed:
         figures["repro_s"] = figure(None, "s", f"no MLflow run of this folder says how long {', '.join(untimed)} took")
+    elif resumed:
+        figures["repro_s"] = figure(None, "s", f"{', '.join(resumed)} had been interrupted before, from where the last run may have gone on")
     else:
         figures["repro_s"] = figure(sum(seconds.values()), "s", "sum of the stages")
     figures["noop_repro_s"] = figure(noop_repro_s, "s", "`make repro` (or its like) with nothing to do")
-    figures |= {f"stage_s.{stage}": figure(value, "s", "length of the stage's MLflow run, without process start") for stage, value in seconds.items()}
+    figures |= {f"stage_s.{stage}": figure(value, "s", "length of the stage's (last) MLflow run, without process start") for stage, value in seconds.items()}
     with paths.trials.open(newline="") as file:
         trials = list(csv.DictReader(file))
     with (paths.plots / "latency_vs_rate.csv").open(newline="") as file:

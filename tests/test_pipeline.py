@@ -30,10 +30,10 @@ def small_clone(folder: Path) -> Path:
     params["run"]["threads"] = 1
     params["pretrain"]["epochs"] = params["finetune"]["epochs"] = 1
     params["search"] |= {"trials": 2, "codec_steps": 2, "train_images": 64, "webp_qualities": [100], "keep": [0.5, 1.0]}
-    params["objective"]["max_accuracy_drop"] = 0.9
+    params["objective"] |= {"max_accuracy_drop": 0.9, "minimize": "wire_bytes"}
     params["evaluate"] |= {"latency_images": 2, "warmup_images": 0}
     for device in params["devices"].values():
-        device["slowdown"] = 1
+        device |= {"slowdown": 1, "memory_mb": 0.2}  # too little for the whole network, so that there is an edge
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     return folder

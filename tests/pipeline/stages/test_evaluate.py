@@ -36,7 +36,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundled(workdir: Path, digits_params: Params, artifacts: Path, request: pytest.FixtureRequest) -> DevicePaths:
     candidate: Candidate = getattr(request, "param", SPLIT)
-    kept = artifacts / candidate.label()
+    kept = artifacts / f"{candidate.kind} of {len(candidate.keep)} pruned blocks"
     if not kept.exists():
         write_finetuned(digits_params, candidate)
         export.run(digits_params, "camera", RecordingTracker())
