@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +73,7 @@ def test_two_clones_give_one_lock_and_a_second_run_does_nothing(tmp_path):
         picture = tmp_path / "five.png"
         Image.fromarray(np.full((20, 30), 90, np.uint8)).save(picture)
         line = call(first, *f"{sys.executable} -m pipeline.cli device --bundle artifacts/camera/bundle --source {picture} --edge 127.0.0.1:{port}".split())
-        edge.send_signal(signal.SIGINT)
+        edge.terminate()
     record = json.loads(line)
     assert "edge_error" not in record
     assert record["label"] in "0123456789"
