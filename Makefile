@@ -60,7 +60,7 @@ lint: $(STAMP)  ## check format, lint and types
 ui: $(STAMP)  ## open the runs in MLflow
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 
-cifar10: $(STAMP)  ## run the pipeline on CIFAR-10; DATA=ARCHIVE or DATA=FOLDER is an image folder; WEIGHTS=FILE to start from
+cifar10: $(STAMP)  ## run the pipeline on CIFAR-10; DATA=ARCHIVE or DATA=FOLDER is an image folder; WEIGHTS=FILE or FOLDER to start from
 ifneq ($(DATA),)
 	@test -e '$(DATA)' || { echo "DATA=$(DATA) does not exist; give an archive or a folder that holds train/CLASS/* and test/CLASS/*."; exit 1; }
 	@case "$$(realpath '$(DATA)')/" in "$$(realpath examples/cifar10)"/data/*) \
@@ -72,10 +72,11 @@ ifneq ($(DATA),)
 endif
 	@mkdir -p examples/cifar10/data
 ifneq ($(WEIGHTS),)
-	@test -f '$(WEIGHTS)' || { echo "WEIGHTS=$(WEIGHTS) does not exist; give a safetensors file."; exit 1; }
-	@grep -q 'weights: weights/$(notdir $(WEIGHTS))' examples/cifar10/params.yaml || \
-		{ echo "examples/cifar10/params.yaml does not start from $(notdir $(WEIGHTS)); set backbone.weights there to weights/$(notdir $(WEIGHTS))."; exit 1; }
-	@test '$(WEIGHTS)' -ef 'examples/cifar10/weights/$(notdir $(WEIGHTS))' || cp '$(WEIGHTS)' examples/cifar10/weights/
+	@test -e '$(WEIGHTS)' || { echo "WEIGHTS=$(WEIGHTS) does not exist; give a safetensors file or a folder of them."; exit 1; }
+	@find -L '$(WEIGHTS)' -maxdepth 1 -name '*.safetensors' | { taken=; while read -r file; do name=$$(basename "$$file"); \
+		grep -qF "weights/$$name" examples/cifar10/params.yaml || continue; taken=1; \
+		test "$$file" -ef "examples/cifar10/weights/$$name" || cp "$$file" examples/cifar10/weights/ || exit 1; done; \
+		test "$$taken" || { echo "examples/cifar10/params.yaml names no weights of $(WEIGHTS); set backbone.weights there to weights/NAME.safetensors."; exit 1; }; }
 endif
 	@cd examples/cifar10 && export MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(ROOT)/mlflow.db}" && dvc repro && python -m pipeline.cli report
 

@@ -5,10 +5,7 @@ The images are 500 of those that `make cifar10 DATA=...` left in examples/cifar1
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.pipeline_figures import collect, timed
+from benchmarks.pipeline_figures import collect, first_and_second_repro, fresh_clone
 from benchmarks.results_file import ROOT, write
 from pipeline.files import atomic_write_json, read_json
 
@@ -51,12 +48,7 @@ def enlarge(into: Path) -> None:
 if __name__ == "__main__":
     if not DATA.exists():
         sys.exit(f"{DATA} is missing; run `make cifar10 DATA=...` first, which unpacks the images there.")
-    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "PYTHONDONTWRITEBYTECODE"):
-        os.environ.pop(name, None)
-    with tempfile.TemporaryDirectory(prefix="coinfer-bench-") as folder:
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
-        os.chdir(folder)
-        subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], check=True)
+    with fresh_clone():
         enlarge(Path("data/large"))
         params = yaml.safe_load(Path("params.yaml").read_text())
         for section, values in EDITS.items():
@@ -65,7 +57,5 @@ if __name__ == "__main__":
         Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
         plan = Path("profiles/measure.json")
         atomic_write_json(plan, read_json(plan, "the measuring plan") | PLAN)
-        repro_s = timed("dvc", "repro")
-        noop_repro_s = timed("sh", "-c", f"dvc repro && {sys.executable} -m pipeline.cli report")
-        figures, raw, dataset, seeds = collect("camera", repro_s, noop_repro_s)
+        figures, raw, dataset, seeds = collect("camera", *first_and_second_repro())
         print(write("mobilenet-224", dataset=dataset | {"name": "500 images of CIFAR-10 (JPEG), enlarged"}, seeds=seeds, figures=figures, raw=raw))

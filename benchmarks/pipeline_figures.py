@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlflow
 
-from benchmarks.results_file import figure
+from benchmarks.results_file import ROOT, figure
 from pipeline.data import load_card
 from pipeline.files import read_json
 from pipeline.params import load_params
@@ -27,6 +32,24 @@ def timed(*command: str) -> float:
     return time.perf_counter() - start
 
 
+@contextmanager
+def fresh_clone() -> Iterator[None]:
+    """The current directory is a new clone of what is committed here, with the C coder built and with nothing cached."""
+    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "PYTHONDONTWRITEBYTECODE"):
+        os.environ.pop(name, None)
+    with tempfile.TemporaryDirectory(prefix="coinfer-bench-") as folder:
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
+        os.chdir(folder)
+        subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], check=True)
+        yield
+        os.chdir(ROOT)
+
+
+def first_and_second_repro() -> tuple[float, float]:
+    """Seconds of the first `dvc repro`, and of a second one with its report."""
+    return timed("dvc", "repro"), timed("sh", "-c", f"dvc repro && {sys.executable} -m pipeline.cli report")
+
+
 def stage_seconds() -> tuple[dict[str, float], list[str]]:
     """Stage -> seconds of its latest finished MLflow run of this working copy; and the stages whose run before was not finished."""
     client = mlflow.MlflowClient(tracking_uri())
@@ -35,7 +58,7 @@ def stage_seconds() -> tuple[dict[str, float], list[str]]:
     found: dict[str, float] = {}
     resumed = []
     for stage in STAGES:
-        wanted = f"tags.stage = '{stage}' and tags.project = '{provenance(stage, None, PARAMS)['project']}' "
+        wanted = f"tags.stage = '{stage}' and tags.project = '{provenance(stage, None, PARAMS)['project']}'"
         runs = client.search_runs([experiment.experiment_id], wanted, order_by=["attributes.start_time DESC"])
         runs = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
         finished = [number for number, run in enumerate(runs) if run.info.status == "FINISHED"]

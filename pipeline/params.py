@@ -54,6 +54,13 @@ class Training(Section):
 
 class Pretrain(Training):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+    teachers: dict[str, str] = Field(
+        {}, description="trained networks that teach the backbone, `weights/FILE.safetensors: BACKBONE`; their logits are averaged"
+    )
+    distill_logits: NonNegative = Field(
+        1.0, description="weight of the KL divergence to the teachers, if there are any; where it is large, choose a smaller learning_rate"
+    )
+    temperature: Positive = Field(2.0, description="of the distilled logits")
 
 
 class Finetune(Training):

@@ -116,9 +116,11 @@ def test_cifar10_refuses_weights_that_its_parameters_do_not_name(copied_makefile
         (copied_makefile / f"{name}.safetensors").write_bytes(b"weights")
     refused = make("cifar10", "WEIGHTS=other.safetensors", cwd=copied_makefile)
     assert refused.returncode != 0
-    assert "set backbone.weights there to weights/other.safetensors" in refused.stdout
+    assert "names no weights of other.safetensors; set backbone.weights" in refused.stdout
     for weights in ("known.safetensors", "examples/cifar10/weights/known.safetensors"):
         assert make("cifar10", f"WEIGHTS={weights}", cwd=copied_makefile).returncode == 0
+    assert make("cifar10", "WEIGHTS=.", cwd=copied_makefile).returncode == 0
+    assert [path.name for path in (folder / "weights").iterdir()] == ["known.safetensors"]
     assert (folder / "weights/known.safetensors").read_bytes() == b"weights"
 
 

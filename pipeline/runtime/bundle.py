@@ -119,7 +119,7 @@ class Bundle:
             BundleError: this kind of bundle has no such file, or it was altered.
         """
         if name not in self.manifest["sha256"]:
-            raise BundleError(f"{self.path} is an {self.kind} bundle and has no {name}; use a bundle of another kind.")
+            raise BundleError(f"{self.path} is {_an(self.kind)} bundle and has no {name}; use a bundle of another kind.")
         return open_session(self.read(name), threads)
 
 

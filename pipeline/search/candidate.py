@@ -87,11 +87,11 @@ class Candidate:
 
     def label(self) -> str:
         """A short name a person can read."""
-        if self.kind == "device-only":
-            return "device-only"
         if self.kind == "edge-only":
             return "WebP lossless" if self.quality == LOSSLESS else f"WebP q{self.quality}"
         pruned = f" keep {sum(r for _, r in self.keep) / len(self.keep):.2f}" if self.keep else ""
+        if self.kind == "device-only":
+            return f"device-only{pruned}"
         return f"{self.cut} {self.code_channels}ch /{self.stride} {self.bits}bit{pruned}"
 
 

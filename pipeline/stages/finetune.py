@@ -86,7 +86,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
             teacher,
             settings,
             distill_logits=settings.distill_logits,
-            distill_feature=settings.distill_feature,
+            distill_feature=settings.distill_feature if candidate.kind == "split" else 0.0,
             temperature=settings.temperature,
             label_smoothing=params.pretrain.label_smoothing,
         )

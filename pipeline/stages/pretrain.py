@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from models.backbones import build_backbone
 from pipeline.data import load_card, load_split
+from pipeline.distilling import Distiller, Ensemble
 from pipeline.errors import ParamsError
 from pipeline.files import atomic_write_bytes, atomic_write_json
 from pipeline.fingerprint import TRAINING_CODE, fingerprint
 from pipeline.inference import accuracy
-from pipeline.params import Params
+from pipeline.params import Params, Pretrain
 from pipeline.paths import BACKBONE_CURVES, BACKBONE_METRICS, BACKBONE_WEIGHTS
 from pipeline.training import Classifier, DataModule, History, checkpoint_folder, fit, forget, weights_bytes, write_curves
 
@@ -49,9 +51,11 @@ def run(params: Params, tracker: Tracker) -> dict[str, float]:
     if settings.epochs:
         inputs = [params.run.model_dump(), params.backbone.name, settings.model_dump(), card.sha256, hashlib.sha256(start).hexdigest()]
         code = fingerprint([*TRAINING_CODE, "pipeline/stages/pretrain.py"], params.backbone.name)
+        teachers = [build_backbone(name, card.num_classes, card.image_size, Path(file)) for file, name in settings.teachers.items()]
+        inputs += [hashlib.sha256(weights_bytes(teacher)).hexdigest() for teacher in teachers]
         folders = [checkpoint_folder("pretrain", "backbone", [*inputs, code])]
         history = fit(
-            Classifier(network, settings, settings.label_smoothing),
+            _taught(network, teachers, settings) if teachers else Classifier(network, settings, settings.label_smoothing),
             DataModule(train, validation, settings, params.run.seed),
             name="pretrain",
             epochs=settings.epochs,
@@ -68,3 +72,15 @@ def run(params: Params, tracker: Tracker) -> dict[str, float]:
     forget(folders)
     tracker.log_metrics(metrics)
     return metrics
+
+
+def _taught(network: nn.Module, teachers: list[nn.Module], settings: Pretrain) -> Distiller:
+    return Distiller(
+        network,
+        (nn.Identity(), Ensemble(teachers)),
+        settings,
+        distill_logits=settings.distill_logits,
+        distill_feature=0.0,
+        temperature=settings.temperature,
+        label_smoothing=settings.label_smoothing,
+    )

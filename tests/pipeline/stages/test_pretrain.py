@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data import load_split
 from pipeline.errors import Interrupted, ModelError, ParamsError
-from pipeline.inference import accuracy
+from pipeline.inference import accuracy, predict_logits
 from pipeline.params import Params, parse_params
 from pipeline.paths import BACKBONE_CURVES, BACKBONE_METRICS, BACKBONE_WEIGHTS, CHECKPOINTS
 from pipeline.stages import prepare, pretrain
@@ -71,6 +71,26 @@ def test_weights_of_another_network_are_refused(digits: Path, digits_fields: dic
     save_file({"other.weight": torch.zeros(2)}, "other.safetensors")
     with pytest.raises(ModelError, match=r"other\.weight"):
         pretrain.run(changed(digits_fields, backbone={"weights": "other.safetensors"}), tracker)
+
+
+def test_the_backbone_learns_what_its_teachers_say(digits: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
+    """They say "3" to every image, which no label does."""
+    student, images = tiny_backbone(10, 16), load_split("validation")[0]
+    state = tiny_backbone(10, 16).state_dict() | {"head.weight": torch.zeros(10, student.head.in_features), "head.bias": 8.0 * torch.eye(10)[3]}
+    save_file(state, "stubborn.safetensors")
+
+    def threes(weight: float) -> int:
+        taught = {"teachers": {"stubborn.safetensors": digits_fields["backbone"]["name"]}, "distill_logits": weight, "learning_rate": 0.02}
+        pretrain.run(changed(digits_fields, pretrain=taught), tracker)
+        student.load_state_dict(load_file(BACKBONE_WEIGHTS))
+        return int((predict_logits(student, images).argmax(1) == 3).sum())
+
+    assert threes(5.0) > 0.9 * len(images) > threes(0.0)
+
+
+def test_a_missing_teacher_is_named(digits: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
+    with pytest.raises(ModelError, match="none\\.safetensors"):
+        pretrain.run(changed(digits_fields, pretrain={"teachers": {"none.safetensors": "resnet8"}}), tracker)
 
 
 def test_an_interrupted_stage_goes_on_to_the_same_weights(digits: Path, digits_fields: dict[str, Any], tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
