@@ -5,7 +5,9 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-TORCH_INDEX ?=
+# where torch came from last time, so that `make repro` after `make install TORCH_INDEX=...` does not fetch the other one
+KEPT_INDEX := $(shell cat .venv/.torch-index 2>/dev/null)
+TORCH_INDEX ?= $(KEPT_INDEX)
 DATA ?=
 WEIGHTS ?=
 NAME ?=
@@ -39,11 +41,17 @@ $(STAMP): requirements.txt pyproject.toml $(wildcard setup.py pipeline/runtime/*
 ifeq ($(TORCH_INDEX),)
 	VIRTUAL_ENV=$(ROOT)/$(VENV) $(BIN)/uv pip install --quiet -r requirements.txt
 else
-	grep -E '^torch(vision)?==' requirements.txt | VIRTUAL_ENV=$(ROOT)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --index-url $(TORCH_INDEX) -r -
+	grep -E '^torch(vision)?==' requirements.txt | VIRTUAL_ENV=$(ROOT)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --reinstall --index-url $(TORCH_INDEX) -r -
 	grep -vE '^(cuda|nvidia|triton)' requirements.txt | VIRTUAL_ENV=$(ROOT)/$(VENV) $(BIN)/uv pip install --quiet -r -
 endif
 	VIRTUAL_ENV=$(ROOT)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
+	@echo '$(TORCH_INDEX)' > $(VENV)/.torch-index
 	@touch $@
+
+ifneq ($(TORCH_INDEX),$(KEPT_INDEX))
+$(STAMP): FORCE
+endif
+FORCE:
 
 repro: $(STAMP)  ## run the pipeline on the digits and print what it chose and what it costs
 	@$(BIN)/dvc repro
@@ -78,7 +86,8 @@ ifneq ($(WEIGHTS),)
 		test "$$file" -ef "examples/cifar10/weights/$$name" || cp "$$file" examples/cifar10/weights/ || exit 1; done; \
 		test "$$taken" || { echo "examples/cifar10/params.yaml names no weights of $(WEIGHTS); set backbone.weights there to weights/NAME.safetensors."; exit 1; }; }
 endif
-	@cd examples/cifar10 && export MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(ROOT)/mlflow.db}" && dvc repro && python -m pipeline.cli report
+	@uri="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"; [[ "$$uri" == sqlite:///[!/]* ]] && uri="sqlite:///$(ROOT)/$${uri#sqlite:///}"; \
+		export MLFLOW_TRACKING_URI="$$uri"; cd examples/cifar10 && dvc repro && python -m pipeline.cli report
 
 bench: $(STAMP)  ## run benchmarks/NAME.py, which writes results/NAME.json
 	@test -f 'benchmarks/$(NAME).py' || { echo "give NAME, one of: $(sort $(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))"; exit 1; }

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from typing import Any
 
 import mlflow
@@ -39,10 +39,9 @@ def fresh_clone() -> Iterator[None]:
         os.environ.pop(name, None)
     with tempfile.TemporaryDirectory(prefix="coinfer-bench-") as folder:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
-        os.chdir(folder)
-        subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], check=True)
-        yield
-        os.chdir(ROOT)
+        subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], check=True, cwd=folder)
+        with chdir(folder):
+            yield
 
 
 def first_and_second_repro() -> tuple[float, float]:

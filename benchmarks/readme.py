@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.results_file import RESULTS, ROOT
 from pipeline.files import atomic_path, atomic_write_text
 from pipeline.plots import latency_against_rate, latency_breakdown
+from pipeline.report import heading
 from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.figure import pareto_figure
 from pipeline.search.pareto import Limits, Trial
@@ -32,7 +33,7 @@ def table(results: dict[str, Any]) -> str:
         f"{results['dataset']['name']}, {results['raw']['params']['backbone']['name']}, {metrics['images']} test images; chosen: **{metrics['label']}**; "
         f"{link['rate_mbps']:g} Mbit/s, {link['rtt_ms']:g} ms round trip, device {metrics['slowdown']:g} times slower than one core of the machine below.",
         "",
-        f"| per image | {' | '.join(metrics[way]['label'] for way in ways)} |",
+        f"| per image | {' | '.join(heading(way, metrics, results['raw']['search']) for way in ways)} |",
         f"|---|{'---:|' * len(ways)}",
         "| top-1 accuracy, % | " + " | ".join(f"{100 * metrics[way]['accuracy']:.2f}" for way in ways) + " |",
         "| payload, bytes (mean) | "

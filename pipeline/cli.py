@@ -52,7 +52,10 @@ def _stage(name: str, *, per_device: bool, device: str | None = None) -> None:
     shown = params.model_dump(include=set(SECTIONS[name])) | {key: params.device(device).model_dump() for key, device in where.items()}
     with stage_run(name, where.get("device"), PARAMS) as tracker:
         tracker.log_params(shown)
-        importlib.import_module(f"pipeline.stages.{name}").run(params=params, tracker=tracker, **where)
+        try:
+            importlib.import_module(f"pipeline.stages.{name}").run(params=params, tracker=tracker, **where)
+        except KeyboardInterrupt:  # before or after the long part, which says itself what it keeps
+            raise Interrupted(f"{name} was interrupted; nothing half-written was kept, `dvc repro` goes on.") from None
 
 
 @app.command()
@@ -115,7 +118,10 @@ def measure(into: Annotated[Path, typer.Option("--into", help="profile to write 
     from pipeline.costs.measure import measure_into
     from pipeline.params import load_params
 
-    measure_into(load_params(), into)
+    try:
+        measure_into(load_params(), into)
+    except KeyboardInterrupt:
+        raise Interrupted(f"measuring was interrupted; {into} is as it was, run it again.") from None
 
 
 @app.command()
@@ -168,8 +174,6 @@ def main() -> None:
         _fail(str(error), 130)
     except CoinferError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was kept.", 130)
     except ModuleNotFoundError as error:
         _fail(f"this command needs the package {error.name}, which is not installed; install the training extra: pip install 'coinfer[train]'.", 1)
 

@@ -25,10 +25,10 @@ def print_report(device: str) -> None:
         CoinferError: nothing has been evaluated yet.
     """
     paths = DevicePaths(device)
-    metrics = read_json(paths.metrics, "the evaluation")
+    metrics, search = read_json(paths.metrics, "the evaluation"), read_json(paths.chosen, "the chosen candidate")
     timing = measured_times(paths, metrics)
     try:
-        table, times = _table(device, metrics, timing), _how_timed(device, metrics, timing)
+        table, times = _table(device, metrics, timing, search), _how_timed(device, metrics, timing)
     except (KeyError, TypeError, AttributeError) as error:
         raise CoinferError(
             f"{paths.metrics} or {paths.timing} lacks {error}; run `dvc repro --force --single-item evaluate@{device}` to write them again."
@@ -48,13 +48,23 @@ def measured_times(paths: DevicePaths, metrics: Mapping[str, Any]) -> dict[str, 
     return timing if timing and all(timing.get(key) == metrics.get(key) for key in ("bundle_id", "link", "slowdown", "edge_slowdown")) else None
 
 
-def _table(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None) -> Table:
+def heading(mode: str, metrics: Mapping[str, Any], search: Mapping[str, Any]) -> str:
+    """What stands above the column of `mode`: its label, and whether the search chose it or could not have, on validation."""
+    label = str(metrics[mode]["label"])
+    if mode == metrics["chosen"]:
+        return f"{label} (chosen)"
+    baseline = search.get(mode)  # none where the split is not the choice
+    if baseline is None or baseline["feasible"]:
+        return label
+    return f"{label} (below the floor)" if baseline["measurement"]["accuracy"] < search["floor"] else f"{label} (does not fit)"
+
+
+def _table(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None, search: Mapping[str, Any]) -> Table:
     modes = [mode for mode in MODES if mode in metrics]
     table = Table(title=f"{device}: {metrics['label']}", title_justify="left", title_style="bold")
     table.add_column("per image")
     for mode in modes:
-        chosen = " (chosen)" if mode == metrics["chosen"] else ""
-        table.add_column(f"{metrics[mode]['label']}{chosen}", justify="right")
+        table.add_column(heading(mode, metrics, search), justify="right")
 
     def row(name: str, cell: Callable[[Mapping[str, Any]], str]) -> None:
         table.add_row(name, *(cell(metrics[mode]) for mode in modes))

@@ -121,7 +121,7 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     """Class name -> its image files, both in sorted name order; files that are no images by extension are passed over."""
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        files = {name: sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES) for name in names}
+        files = {name: sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".") for name in names}
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); data.path must hold train/CLASS/* and test/CLASS/*.") from error
     for name, found in files.items():

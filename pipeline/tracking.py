@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "coinfer"
 SQLITE = "sqlite:///"
+_PLAIN = re.compile(r"[\w-]+")
 
 
 class Tracker(Protocol):
@@ -58,14 +61,30 @@ def provenance(stage: str, device: str | None, params_file: Path) -> dict[str, s
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
+    """Nested sections as dotted keys; a mapping from files, whose names MLflow may refuse as keys, stays one value in JSON."""
     flat: dict[str, Any] = {}
     for key, value in fields.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not all(map(_PLAIN.fullmatch, value)):
+            flat[f"{prefix}{key}"] = json.dumps(value)
+        elif isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+@contextmanager
+def _reaching_mlflow() -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CoinferError(
+            f"MLflow at {tracking_uri()} cannot be used ({reason}); check MLFLOW_TRACKING_URI, the permissions of its files and the space on its disk."
+        ) from error
 
 
 class MlflowTracker:
@@ -75,11 +94,13 @@ class MlflowTracker:
         self._client = client
         self._run = run
 
+    @_reaching_mlflow()
     def log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
         self._client.log_batch(self._run.info.run_id, params=[Param(key, str(value)) for key, value in flatten(params).items()])
 
+    @_reaching_mlflow()
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
@@ -87,12 +108,15 @@ class MlflowTracker:
         now = get_current_time_millis()
         self._client.log_batch(self._run.info.run_id, metrics=[Metric(key, float(value), now, step or 0) for key, value in metrics.items()])
 
+    @_reaching_mlflow()
     def log_figure(self, figure: Figure, name: str) -> None:
         self._client.log_figure(self._run.info.run_id, figure, name if name.endswith(".png") else f"{name}.png")
 
+    @_reaching_mlflow()
     def log_file(self, path: Path) -> None:
         self._client.log_artifact(self._run.info.run_id, str(path))
 
+    @_reaching_mlflow()
     def log_onnx(self, path: Path, name: str, input_example: dict[str, np.ndarray]) -> None:
         """Log `path` as an MLflow ONNX model whose signature leaves the batch axis open."""
         import mlflow
@@ -120,7 +144,8 @@ class MlflowTracker:
     @contextmanager
     def child(self, name: str) -> Iterator[Tracker]:
         tags = {"mlflow.parentRunId": self._run.info.run_id, **{k: v for k, v in self._run.data.tags.items() if not k.startswith("mlflow.")}}
-        run = self._client.create_run(self._run.info.experiment_id, run_name=name, tags=tags)
+        with _reaching_mlflow():
+            run = self._client.create_run(self._run.info.experiment_id, run_name=name, tags=tags)
         with _closing(self._client, run):
             yield MlflowTracker(self._client, run)
 
@@ -130,9 +155,11 @@ def _closing(client: MlflowClient, run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        client.set_terminated(run.info.run_id, "KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
+        with _reaching_mlflow():
+            client.set_terminated(run.info.run_id, "KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
         raise
-    client.set_terminated(run.info.run_id, "FINISHED")
+    with _reaching_mlflow():
+        client.set_terminated(run.info.run_id, "FINISHED")
 
 
 @contextmanager
@@ -144,12 +171,11 @@ def stage_run(stage: str, device: str | None, params_file: Path) -> Iterator[Mlf
     """
     import mlflow
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # creating tables is no news
     logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri()
-    try:
+    with _reaching_mlflow():
         mlflow.set_tracking_uri(uri)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -167,14 +193,5 @@ def stage_run(stage: str, device: str | None, params_file: Path) -> Iterator[Mlf
             experiment_id = experiment.experiment_id
         name = f"{stage} {device}" if device else stage
         run = client.create_run(experiment_id, run_name=name, tags=provenance(stage, device, params_file))
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise _unusable(uri, error) from error
-    try:
-        with _closing(client, run):
-            yield MlflowTracker(client, run)
-    except (MlflowException, SQLAlchemyError) as error:
-        raise _unusable(uri, error) from error
-
-
-def _unusable(uri: str, error: Exception) -> CoinferError:
-    return CoinferError(f"MLflow at {uri} cannot be used ({str(error).splitlines()[0]}); check MLFLOW_TRACKING_URI or the file's permissions.")
+    with _closing(client, run):
+        yield MlflowTracker(client, run)

@@ -164,16 +164,18 @@ def reader(tmp_path: Path, digits_fields: dict[str, Any]) -> tuple[Path, dict[st
 
 
 def test_own_data_and_own_network_work_as_the_pages_say(reader: tuple[Path, dict[str, Any]]) -> None:
-    """The module and the parameters shown, less the weights they name; `prepare` as shown, then `pretrain` and `profile`."""
+    """The module and the parameters shown, less the weights they name; `prepare` as shown, then every further stage."""
     folder, fields = reader
     (module,) = blocks_of("own-backbone.md", "python")
     (folder / "mynet").mkdir()
     (folder / module.splitlines()[0].removeprefix("# ")).write_text(module)
-    (shown,) = blocks_of("own-backbone.md", "yaml")
-    fields = merged(fields, merged(yaml.safe_load(shown), {"backbone": {"weights": None}, "pretrain": {"epochs": 1}}))
+    fields = merged(fields, merged(yaml.safe_load(blocks_of("own-backbone.md", "yaml")[0]), {"backbone": {"weights": None}, "pretrain": {"epochs": 1}}))
     (folder / "params.yaml").write_text(yaml.safe_dump(fields))
     shutil.copytree(ROOT / "profiles", folder / "profiles")
-    for command in (*quick("own-data.md"), "python -m pipeline.cli pretrain", "python -m pipeline.cli profile"):
+    for command in (
+        *quick("own-data.md"),
+        *(f"python -m pipeline.cli {stage}" for stage in ("pretrain", "profile", "search", "finetune", "export", "evaluate", "report")),
+    ):
         result = run(command, folder)
         assert result.returncode == 0, result.stderr
     assert json.loads((folder / "artifacts/data/card.json").read_text())["classes"] == ["cat", "dog"]

@@ -66,6 +66,17 @@ def test_changed_requirements_are_installed_again(copied_makefile: Path) -> None
     assert "uv pip install --quiet -r requirements.txt" in make("-n", "repro", cwd=copied_makefile).stdout
 
 
+def test_the_index_of_torch_is_remembered_and_a_change_is_installed(copied_makefile: Path) -> None:
+    def installs(*arguments: str) -> int:
+        return make(*arguments, cwd=copied_makefile).stdout.count("--index-url file:///wheels")
+
+    assert installs("repro") == 0
+    assert installs("repro", "TORCH_INDEX=file:///wheels") == 2  # the command, and what it printed
+    assert "uv" not in make("repro", cwd=copied_makefile).stdout
+    os.utime(copied_makefile / "requirements.txt", (2**32, 2**32))
+    assert installs("repro") == 2
+
+
 def test_index_switch_takes_only_torch_from_there_and_leaves_cuda_out(copied_makefile: Path) -> None:
     """The pins are piped to uv: torch alone to the given index, all but CUDA to the usual one."""
     os.utime(copied_makefile / "requirements.txt", (2**32, 2**32))
@@ -93,7 +104,7 @@ def test_cifar10_takes_an_archive_or_a_folder_and_logs_to_the_root_database(copi
     assert (copied_makefile / "examples/cifar10/data/train/cat/0.jpg").read_bytes() == b"jpeg"
     assert f"dvc repro in cifar10 sqlite:///{copied_makefile}/mlflow.db" in result.stdout
     assert "python -m pipeline.cli report in cifar10" in result.stdout
-    assert "dvc repro in cifar10 sqlite:///other.db" in make("cifar10", cwd=copied_makefile, MLFLOW_TRACKING_URI="sqlite:///other.db").stdout
+    assert f"dvc repro in cifar10 sqlite:///{copied_makefile}/other.db" in make("cifar10", cwd=copied_makefile, MLFLOW_TRACKING_URI="sqlite:///other.db").stdout
 
 
 def test_cifar10_keeps_the_images_it_has_when_the_new_ones_are_no_good(copied_makefile: Path) -> None:

@@ -171,7 +171,10 @@ def _complete(parts: dict[str, float]) -> dict[str, float]:
 def _image_files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
+            if not files:
+                raise DataError(f"{path} holds no image; give a folder with files that end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+            yield from files
         elif path.exists():
             yield path
         else:

@@ -27,7 +27,7 @@ from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DevicePaths
 from pipeline.search.candidate import Candidate
 from pipeline.search.evaluator import prune
-from pipeline.training import Classifier, DataModule, checkpoint_folder, fit, forget, weights_bytes, write_curves
+from pipeline.training import DataModule, checkpoint_folder, fit, forget, weights_bytes, write_curves
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
@@ -37,7 +37,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     """Write artifacts/DEVICE/finetune/ (split and reference weights, split.json, metrics.json, curves.csv) and return the metrics.
 
     The split is taught by the pretrained backbone. The reference is the better on validation of that backbone as pretrained and after as many
-    further epochs by the same recipe without a split, so that what a split loses is not hidden by what training longer gains.
+    further epochs by the same recipe, that teacher included, without a split, so that what a split loses is not hidden by what training longer gains.
     Split weights are the state dict of the `CoInference`; of a candidate without a codec, that of the (pruned) whole network.
 
     Raises:
@@ -55,7 +55,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     folders: list[Path] = []
     curves: list[dict[str, Any]] = []
 
-    def trained(module: Classifier, name: str, *further: str) -> nn.Module:
+    def trained(network: nn.Module, teacher: tuple[nn.Module, nn.Module], distill_feature: float, name: str, *further: str) -> nn.Module:
         def log(row: dict[str, float]) -> None:
             curves.append({"training": name, **row})
             tracker.log_metrics({f"{name}_{key}": row[key] for key in ("loss", "accuracy_validation")}, step=int(row["epoch"]))
@@ -63,7 +63,15 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
         folder = checkpoint_folder(f"finetune-{device}", name, [*inputs, code, *further])
         try:
             fit(
-                module,
+                Distiller(
+                    network,
+                    teacher,
+                    settings,
+                    distill_logits=settings.distill_logits,
+                    distill_feature=distill_feature,
+                    temperature=settings.temperature,
+                    label_smoothing=params.pretrain.label_smoothing,
+                ),
                 data,
                 name=f"finetune {device}, {name}",
                 epochs=settings.epochs,
@@ -75,23 +83,15 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
         except Interrupted as error:
             raise Interrupted(f"{error} The training of the split is finished and kept." if folders else str(error)) from None
         folders.append(folder)
-        return module.network
+        return network
 
     example = torch.zeros(1, 3, card.image_size, card.image_size)
     student, plan = _student(pretrained, example, candidate, paths, params.run.seed)
     if student is not None:
         teacher = split(copy.deepcopy(pretrained), example, candidate.cut)
-        distiller = Distiller(
-            student,
-            teacher,
-            settings,
-            distill_logits=settings.distill_logits,
-            distill_feature=settings.distill_feature if candidate.kind == "split" else 0.0,
-            temperature=settings.temperature,
-            label_smoothing=params.pretrain.label_smoothing,
-        )
-        student = trained(distiller, "split", candidate.to_json(), plan.to_json())
-    further = trained(Classifier(copy.deepcopy(pretrained), settings, params.pretrain.label_smoothing), "reference")
+        feature = settings.distill_feature if candidate.kind == "split" else 0.0
+        student = trained(student, teacher, feature, "split", candidate.to_json(), plan.to_json())
+    further = trained(copy.deepcopy(pretrained), (nn.Identity(), copy.deepcopy(pretrained)), 0.0, "reference")
     metrics = {"accuracy_validation_pretrained": accuracy(pretrained, validation)}
     accuracy_further = accuracy(further, validation)
     better = accuracy_further > metrics["accuracy_validation_pretrained"]

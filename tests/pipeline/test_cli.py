@@ -27,6 +27,13 @@ def test_a_missing_extra_is_one_sentence(workdir):
     assert "Traceback" not in run.stderr
 
 
+def test_ctrl_c_outside_the_long_part_of_a_stage_is_one_sentence(workdir):
+    code = "import pipeline.stages.prepare as stage, signal; stage.run = lambda **_: signal.raise_signal(signal.SIGINT); from pipeline.cli import main; main()"
+    result = coinfer("prepare", cwd=workdir, code=f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}")
+    assert result.returncode == 130
+    assert result.stderr == "coinfer: prepare was interrupted; nothing half-written was kept, `dvc repro` goes on.\n"
+
+
 def test_a_report_before_any_run_says_what_to_run(workdir):
     run = coinfer("report", cwd=workdir)
     assert run.returncode == 1

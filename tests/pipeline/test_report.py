@@ -40,7 +40,10 @@ def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DevicePaths:
     spread = {part: {"median": ms, "low": ms, "high": ms} for part, ms in TIMES.items()}
     same = {key: metrics[key] for key in ("bundle_id", "link", "slowdown", "edge_slowdown")}
     timing = {**same, "images": 200, "latency_ms": dict.fromkeys(("split", "device_only", "edge_only"), spread)}
-    paths.metrics.parent.mkdir(parents=True)
+    search = {"floor": 0.95, "device_only": {"feasible": False, "measurement": {"accuracy": 0.97}}, "edge_only": {"feasible": True}}
+    for path in (paths.metrics, paths.chosen):
+        path.parent.mkdir(parents=True)
+    paths.chosen.write_text(json.dumps(search))
     paths.metrics.write_text(json.dumps(metrics))
     paths.timing.write_text(json.dumps(timing))
     return paths
@@ -52,7 +55,9 @@ def test_report_shows_candidate_accuracy_bytes_ms_by_part_bundle_and_ui(evaluate
     rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for line in out.splitlines() if len(cells := line.strip("│┃ ").split("│")) > 1}
     assert "camera: layer2.0 4ch /2 3bit keep 0.75" in out
     assert "split (chosen)" in out
+    assert "device-only (does not fit)" in out
     assert "WebP q75" in out
+    assert "WebP q75 (" not in out
     assert rows["accuracy, %"] == ["97.50", "98.00", "96.12"]
     assert rows["payload, bytes"] == ["12.6", "-", "12.6"]
     assert rows["on the wire, bytes"] == ["81.0", "-", "81.0"]
@@ -64,6 +69,13 @@ def test_report_shows_candidate_accuracy_bytes_ms_by_part_bundle_and_ui(evaluate
     assert "make ui" in out
     assert max(len(line) for line in out.splitlines()) <= 100
     assert "\x1b" not in out
+
+
+def test_a_baseline_below_the_accuracy_floor_is_marked(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
+    below = {"feasible": False, "measurement": {"accuracy": 0.94}}
+    evaluated.chosen.write_text(json.dumps(json.loads(evaluated.chosen.read_text()) | {"edge_only": below}))
+    print_report("camera")
+    assert "WebP q75 (below the floor)" in capsys.readouterr().out
 
 
 def test_a_clone_without_measured_times_sees_predicted_ones(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,6 +130,23 @@ def test_an_interrupted_stage_is_told_from_a_failed_one(database, workdir):
     assert [run.info.status for run in found] == ["KILLED"]
 
 
+def test_names_of_files_do_not_become_keys(database, workdir):
+    with stage_run("pretrain", None, workdir / "params.yaml") as tracker:
+        tracker.log_params({"pretrain": {"teachers": {"weights/a+b.safetensors": "resnet20"}, "epochs": 1}})
+    _, (run,) = runs(database)
+    assert run.data.params == {"pretrain.teachers": '{"weights/a+b.safetensors": "resnet20"}', "pretrain.epochs": "1"}
+
+
+def test_a_store_that_cannot_be_written_is_one_sentence(database, workdir):
+    def stage():
+        with stage_run("prepare", None, workdir / "params.yaml") as tracker:
+            (workdir / "mlartifacts").write_text("a file where the folder should be")
+            tracker.log_file(workdir / "params.yaml")
+
+    with pytest.raises(CoinferError, match="check MLFLOW_TRACKING_URI, the permissions of its files and the space"):
+        stage()
+
+
 def test_what_mlflow_refuses_in_a_stage_is_one_sentence(database, workdir):
     def stage():
         with stage_run("prepare", None, workdir / "params.yaml") as tracker:

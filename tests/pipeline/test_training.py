@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.distilling import Distiller
+from pipeline.distilling import Distiller, Ensemble
 from pipeline.errors import CoinferError, Interrupted, ParamsError
 from pipeline.inference import accuracy, predict_logits
 from pipeline.params import Finetune, Precision
@@ -188,6 +188,13 @@ def test_distilling_moves_a_student_to_its_teacher_and_leaves_the_teacher_alone(
     train(distiller, epochs=8)
     assert weights_bytes(teacher) == before
     assert (predict_logits(student, images) - predict_logits(teacher, images)).abs().mean() < far
+
+
+def test_an_ensemble_answers_with_the_mean_of_its_networks() -> None:
+    torch.manual_seed(2)
+    networks, (images, _) = [Net(), Net()], coloured(5)
+    one, other = (predict_logits(network, images) for network in networks)
+    assert torch.allclose(predict_logits(Ensemble(networks), images), (one + other) / 2)
 
 
 def test_a_border_as_wide_as_the_image_is_refused() -> None:

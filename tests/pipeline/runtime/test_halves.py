@@ -177,6 +177,10 @@ def test_without_an_edge_the_device_classifies_alone_and_says_why(make_bundle, f
         assert ("edge_error" in record) == (edge is not None)
     with pytest.raises(DataError, match="does not exist"):
         list(classify_directory(bundle, None, [folder / "nowhere"]))
+    (folder / "empty").mkdir()
+    (folder / "empty/._b.png").write_bytes(b"what macOS leaves beside b.png")
+    with pytest.raises(DataError, match="empty holds no image"):
+        list(classify_directory(bundle, None, [folder / "empty"]))
 
 
 def test_an_edge_process_that_cannot_start_is_one_sentence(make_bundle):

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from models.coinference import CoInference, build_split
-from pipeline.errors import CoinferError, Interrupted, ParityError
+from pipeline import parity
+from pipeline.errors import CoinferError, FrameError, Interrupted, ParityError
 from pipeline.params import Params
 from pipeline.parity import check_split, check_whole
 from pipeline.runtime.bundle import Bundle
@@ -52,7 +54,7 @@ def test_split_passes_the_gate_and_becomes_a_bundle_that_answers(workdir: Path, 
 
 
 def _gate_refuses_other_weights(folder: Path, bundle: Bundle) -> None:
-    """Every check of the gate fails where the network is not the one that was exported."""
+    """Symbols and logits are not those of another network."""
     halves = [(folder / name).read_bytes() for name in ("device.onnx", "edge.onnx")]
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     torch.manual_seed(1)
@@ -62,6 +64,30 @@ def _gate_refuses_other_weights(folder: Path, bundle: Bundle) -> None:
         check_split(build_split(other, example, "block1", 4, 2, 3), *halves, bundle.tables, Preprocessing(16), images)
     with pytest.raises(ParityError, match=r"device-only.onnx gives logits that differ by up to"):
         check_whole(other, (folder / "device-only.onnx").read_bytes(), "device-only.onnx", Preprocessing(16), images)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "words"),
+    [
+        ("decode", lambda payload, shape, tables: np.zeros(shape, np.uint8), "the frame of validation image 0 decodes to other symbols"),
+        ("unpack", lambda frame: (_ for _ in ()).throw(FrameError("its checksum is wrong")), r"image 0 is refused \(its checksum is wrong\)"),
+        ("predict_logits", None, r"agrees with the trained network's top-1 on 0\.00% of the validation images, less than 99\.9%"),
+    ],
+)
+def test_the_gate_refuses_a_chain_that_answers_otherwise(
+    workdir: Path, digits_params: Params, tracker: RecordingTracker, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, words: str
+) -> None:
+    """A coder that alters symbols, a frame that cannot be read, and halves that are exact one by one but disagree as a chain."""
+    paths = write_finetuned(digits_params, SPLIT)
+    answers = parity.predict_logits
+
+    def other_answers(network: Any, images: torch.Tensor) -> torch.Tensor:
+        return answers(network, images).roll(1, 1) if isinstance(network, CoInference) else answers(network, images)
+
+    monkeypatch.setattr(parity, name, broken or other_answers)
+    with pytest.raises(ParityError, match=words):
+        export.run(digits_params, "camera", tracker)
+    assert not paths.bundle.exists()
 
 
 def test_edge_half_of_other_weights_stops_the_stage_before_a_bundle(

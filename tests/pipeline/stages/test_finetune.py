@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.coinference import build_split
+from models.coinference import CoInference, build_split
 from models.cutting import cut_points, split
 from models.pruning import ChannelPlan, rebuild
 from pipeline.costs.device_profile import CoderTimes, DeviceProfile
 from pipeline.data import load_split
-from pipeline.distilling import Distiller
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_write_json
 from pipeline.inference import accuracy
@@ -86,7 +85,7 @@ def test_an_interrupt_in_the_second_training_keeps_the_first(pretrained: Params,
     step = Classifier.training_step
 
     def interrupted(self: Classifier, batch: Any, batch_idx: int) -> torch.Tensor:
-        if not isinstance(self, Distiller):
+        if not isinstance(self.network, CoInference):
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
@@ -96,7 +95,7 @@ def test_an_interrupt_in_the_second_training_keeps_the_first(pretrained: Params,
     assert [path.name for path in CHECKPOINTS.rglob("*.*")] == ["finished.safetensors"]
 
     def not_again(self: Classifier, batch: Any, batch_idx: int) -> torch.Tensor:
-        assert not isinstance(self, Distiller)
+        assert not isinstance(self.network, CoInference)
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Classifier, "training_step", not_again)

@@ -70,6 +70,15 @@ def test_every_kth_of_a_class_is_held_out_alternately(folder: Path, digits_field
     assert held["train"] == [[place, green] for place in range(24) if place % 5 for green in (0, 1)]
 
 
+def test_hidden_files_are_no_images(folder: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
+    params = with_data(digits_fields, source="folder", path=str(folder), image_size=10)
+    counts = prepare.run(params, tracker)["counts"]
+    for split in ("train", "test"):
+        kind = next((folder / split).iterdir())
+        (kind / "._0.png").write_bytes(b"what macOS leaves beside 0.png")
+    assert prepare.run(params, tracker)["counts"] == counts
+
+
 def test_classes_take_turns_in_a_file(folder: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
     prepare.run(with_data(digits_fields, source="folder", path=str(folder), image_size=10), tracker)
     assert load_split("train")[1].tolist() == [0, 1] * (len(load_split("train")[1]) // 2)

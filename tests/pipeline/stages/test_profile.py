@@ -1,5 +1,6 @@
 """The profile stage: cuts with their sizes, and profiles of device and edge."""
 
+import itertools
 import json
 import platform
 import shutil
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.costs import measure
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.measure import measure_into
-from pipeline.errors import CoinferError, ProfileError
+from pipeline.errors import CoinferError, Interrupted, ProfileError
 from pipeline.params import Params, parse_params
 from pipeline.paths import DATA_CARD, DevicePaths
 from pipeline.stages import profile
@@ -73,6 +75,25 @@ def test_this_machine_is_measured_for_a_backbone_nobody_profiled(prepared: Path,
     text = PATHS.device_profile.read_text()
     assert str(Path.cwd()) not in text
     assert platform.node() not in text
+
+
+def test_ctrl_c_while_measuring_keeps_the_profile_as_it_was(prepared: Path, digits_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    params, path = parse_params(digits_fields), Path("profiles/bench.json")
+    measure_into(params, path)
+    before = path.read_bytes()
+
+    encode, calls = measure.encode_webp, itertools.count()
+
+    def interrupted(*image_and_quality: Any) -> bytes:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return encode(*image_and_quality)
+
+    monkeypatch.setattr(measure, "encode_webp", interrupted)
+    with pytest.raises(Interrupted, match=r"measuring was interrupted; nothing is kept, run it again\.$"):
+        measure_into(params, path)
+    assert path.read_bytes() == before
+    assert {file.suffix for file in Path("profiles").iterdir()} == {".json"}
 
 
 def test_a_committed_profile_gives_the_same_bytes_every_time(prepared: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
