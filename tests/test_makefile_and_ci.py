@@ -67,6 +67,9 @@ def test_changed_requirements_are_installed_again(copied_makefile: Path) -> None
 
 
 def test_the_index_of_torch_is_remembered_and_a_change_is_installed(copied_makefile: Path) -> None:
+    uv = copied_makefile / ".venv/bin/uv"
+    uv.write_text('#!/bin/sh\ncase "$*" in *"-r -") cat > /dev/null ;; esac\necho "uv $*"\n')
+
     def installs(*arguments: str) -> int:
         return make(*arguments, cwd=copied_makefile).stdout.count("--index-url file:///wheels")
 

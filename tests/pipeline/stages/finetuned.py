@@ -59,4 +59,4 @@ def write_finetuned(params: Params, candidate: Candidate) -> DevicePaths:
 
 
 def _point(candidate: Candidate) -> dict[str, Any]:
-    return {"candidate": candidate.to_dict(), "measurement": {**PREDICTED, "device_macs": 1000, "device_params": 100}}
+    return {"feasible": True, "candidate": candidate.to_dict(), "measurement": {**PREDICTED, "device_macs": 1000, "device_params": 100}}
