@@ -5,8 +5,6 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-# where torch came from last time, so that `make repro` after `make install TORCH_INDEX=...` does not fetch the other one
-KEPT_INDEX := $(shell cat .venv/.torch-index 2>/dev/null)
 TORCH_INDEX ?= $(KEPT_INDEX)
 DATA ?=
 WEIGHTS ?=
@@ -16,6 +14,8 @@ ROOT := $(CURDIR)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# where torch came from last time, so that `make repro` after `make install TORCH_INDEX=...` does not fetch the other one
+KEPT_INDEX := $(shell cat $(VENV)/.torch-index 2>/dev/null)
 
 # stage commands in dvc.yaml say plain `python`
 export PATH := $(ROOT)/$(BIN):$(PATH)

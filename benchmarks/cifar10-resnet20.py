@@ -8,13 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.pipeline_figures import collect, timed
+from benchmarks.pipeline_figures import collect, noop_repro
 from benchmarks.results_file import ROOT, write
 
 if __name__ == "__main__":
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{ROOT / 'mlflow.db'}")
     os.chdir(ROOT / "examples/cifar10")
-    noop_repro_s = timed("sh", "-c", f"dvc repro && {sys.executable} -m pipeline.cli report")
-    figures, raw, dataset, seeds = collect("camera", None, noop_repro_s)
+    figures, raw, dataset, seeds = collect("camera", None, noop_repro())
     print(write("cifar10-resnet20", dataset=dataset | {"name": "CIFAR-10 (JPEG)"}, seeds=seeds, figures=figures, raw=raw))

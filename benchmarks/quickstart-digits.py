@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.pipeline_figures import collect, first_and_second_repro, fresh_clone
+from benchmarks.pipeline_figures import collect, fresh_clone, noop_repro, timed
 from benchmarks.results_file import write
 
 if __name__ == "__main__":
     with fresh_clone():
-        figures, raw, dataset, seeds = collect("camera", *first_and_second_repro())
+        figures, raw, dataset, seeds = collect("camera", timed("dvc", "repro"), noop_repro())
         print(write("quickstart-digits", dataset=dataset | {"name": "scikit-learn digits"}, seeds=seeds, figures=figures, raw=raw))
