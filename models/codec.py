@@ -1,13 +1,22 @@
-"""The codec around the cut: what shrinks a feature to a few integer symbols on the device and restores it on the edge (METHODS 3)."""
+"""The codec around the cut: what shrinks a feature on the device to something cheap to send, and restores it on the edge (METHODS 3)."""
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from models.channels import SYMBOL_BITS, awgn, binary_erasure, binary_symmetric, check_noise, draw_noise
 from pipeline.errors import ModelError
+
+COUNTING_MOMENTUM = 0.05  # a batch holds thousands of symbols a channel
+LEAST_FREQUENCY = 1e-4  # near what the coder's tables give a symbol never seen
 
 
 class Bounded(nn.Module):
@@ -42,79 +51,332 @@ class Dequantiser(nn.Module):
         return symbols.float() / self.top
 
 
-class FeatureCodec(nn.Module):
-    """Feature (B, C, H, W) -> symbols (B, h, H', W') -> feature (B, C, H, W), with H' = ceil(H/stride) (METHODS 3, learned source coding).
+class NearestValue(nn.Module):
+    """u -> index of the nearest of a learned scalar codebook's values, as uint8; the values are kept in ascending order."""
 
-    Its four parts are modules to call:
-        encode: feature -> u in [0, 1], a convolution (1x1, or 3x3 with the stride), batch norm and a clamp;
-        quantise: u -> uint8 symbols 0 .. 2^bits - 1;
-        dequantise: symbols -> v in [0, 1];
-        decode: v -> feature, a transposed convolution and batch norm.
+    def __init__(self, values: nn.Parameter) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, u: Tensor) -> Tensor:
+        ascending = self.values.sort().values
+        between = (ascending[1:] + ascending[:-1]) / 2
+        return (u.unsqueeze(-1) > between).sum(-1).to(torch.uint8)
+
+
+class ValueOf(nn.Module):
+    """uint8 indices -> the codebook's values."""
+
+    def __init__(self, values: nn.Parameter) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        return self.values.sort().values[symbols.long()]
+
+
+class Coded(NamedTuple):
+    """What a codec makes of a batch of features: the restored features (B, C, H, W), and the codec's own term of the training loss, a scalar."""
+
+    decoded: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """Which codec, how large, and how it is trained.
 
     Args:
-        channels: C, of the feature.
-        code_channels: h, of the code.
-        size: (H, W) of the feature; left out, a multiple of the stride is restored.
+        kind: a key of `CODECS`.
+        code_channels: channels h of the code.
+        stride: of the encoder, 1 for a vector.
+        bits: of a symbol, 1 to 8; the jscc kinds take 8 or analogue ones, whatever this says.
+        rate_weight: loss per coded bit of an image (`rate`).
+        commitment: weight of the pull of the code towards its codebook (`codebook`), as in VQ-VAE (arXiv 1711.00937).
+        noise: least and largest noise level of the channel (jscc kinds): sigma, or the probability to lose or flip a bit.
 
     Raises:
-        ModelError: bits outside 1..8, a stride or code_channels below 1, more code channels than channels.
+        ModelError: an unknown kind or a value out of range.
     """
 
-    def __init__(self, channels: int, code_channels: int, stride: int, bits: int, size: tuple[int, int] | None = None) -> None:
+    kind: str
+    code_channels: int
+    stride: int
+    bits: int
+    rate_weight: float = 0.0
+    commitment: float = 0.25
+    noise: tuple[float, float] = (0.05, 0.3)
+
+    def __post_init__(self) -> None:
+        if self.kind not in CODECS:
+            raise ModelError(f"codec: kind is {self.kind}; choose one of {', '.join(CODECS)}.")
+        if not 1 <= self.bits <= 8:
+            raise ModelError(f"codec: bits is {self.bits}; choose 1 to 8.")
+        for name, value in (("rate_weight", self.rate_weight), ("commitment", self.commitment)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ModelError(f"codec: {name} is {value}; choose 0 or more.")
+        if issubclass(CODECS[self.kind], ChannelCodec):
+            check_noise(self.kind, *self.noise)
+
+
+class FeatureCodec(nn.Module):
+    """Feature (B, C, H, W) or vector (B, C) -> code (B, h, H', W'), H' = ceil(H/stride), or (B, h, 1, 1) -> feature (B, R, H, W) or (B, R) (METHODS 3).
+
+    `encode` (feature -> u in [0, 1]) is one convolution (1x1, or 3x3 with the stride), batch norm and a clamp; `decode` (what arrives -> feature) a
+    transposed convolution and batch norm; both are linear for a vector. What lies between them is the subclass's.
+
+    Args:
+        spec: of the kind that this class is.
+        shape: (C, H, W) or (C,) of the feature.
+        restored_channels: R, where the edge half wants more channels than a pruned device half gives; C if left out.
+
+    Raises:
+        ModelError: a size that cannot be: a stride larger than the feature, a code below 2x2, more code channels than channels.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
         super().__init__()
-        if not 1 <= bits <= 8:
-            raise ModelError(f"codec: bits is {bits}; choose 1 to 8.")
-        if stride < 1:
-            raise ModelError(f"codec: stride is {stride}; choose 1 or more.")
-        if not 1 <= code_channels <= channels:
-            raise ModelError(f"codec: code_channels is {code_channels} for a feature of {channels} channels; choose 1 to {channels}.")
-        self.channels, self.code_channels, self.stride, self.bits, self.size = channels, code_channels, stride, bits, size
+        self.spec, self.feature_shape, self.code_shape = spec, tuple(shape), code_shape(shape, spec.code_channels, spec.stride)
+        self.restored_shape = (restored_channels or shape[0], *shape[1:])
+        self.encode, self.decode = self.build_encoder(), self.build_decoder()
+
+    @property
+    def noise_planes(self) -> int:
+        """Planes that hold the noise level, which the encoder reads beside the feature."""
+        return 0
+
+    def build_encoder(self) -> nn.Module:
+        channels, width = self.feature_shape[0] + self.noise_planes, self.code_shape[0]
+        if len(self.feature_shape) == 1:
+            return nn.Sequential(nn.Linear(channels, width, bias=False), nn.BatchNorm1d(width), Bounded(), nn.Unflatten(1, (width, 1, 1)))
+        stride = self.spec.stride
         kernel = 1 if stride == 1 else 3
-        self.encode = nn.Sequential(
-            nn.Conv2d(channels, code_channels, kernel, stride, kernel // 2, bias=False),
-            nn.BatchNorm2d(code_channels),
-            Bounded(),
-        )
-        self.quantise = Quantiser(bits)
-        self.dequantise = Dequantiser(bits)
+        return nn.Sequential(nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width), Bounded())
+
+    def build_decoder(self) -> nn.Module:
+        width, (channels, *extents), stride = self.code_shape[0], self.restored_shape, self.spec.stride
+        if not extents:
+            return nn.Sequential(nn.Flatten(1), nn.Linear(width, channels, bias=False), nn.BatchNorm1d(channels))
         # 2*stride - 1 is the support of linear interpolation: a transposed 3x3 would leave places between strides above 2 that no symbol reaches. The output
         # padding then restores every size from stride*(H'-1) + 1 to stride*H', which are just the sizes that the encoder turns into H'.
-        padding = [(extent - 1) % stride for extent in size or (stride, stride)]
-        mirrored = nn.ConvTranspose2d(code_channels, channels, 2 * stride - 1, stride, stride - 1, output_padding=(padding[0], padding[1]), bias=False)
-        self.decode = nn.Sequential(mirrored, nn.BatchNorm2d(channels))
+        padding = [(extent - 1) % stride for extent in extents]
+        mirrored = nn.ConvTranspose2d(width, channels, 2 * stride - 1, stride, stride - 1, output_padding=(padding[0], padding[1]), bias=False)
+        return nn.Sequential(mirrored, nn.BatchNorm2d(channels))
 
-    def code_shape(self, feature_shape: Sequence[int]) -> tuple[int, int, int]:
-        """(h, H', W') of the code of a feature (C, H, W), both without batch.
+    def forward(self, x: Tensor) -> Coded:
+        """Codes and restores `x`; gradients reach the encoder.
 
         Raises:
-            ModelError: a feature this codec cannot code: a vector, other channels or size, smaller than the stride, or a code below 2x2.
+            ModelError: a feature of another shape than the codec was made for.
         """
-        if len(feature_shape) != 3:
-            raise ModelError(
-                f"codec: the feature at this cut has shape {tuple(feature_shape)}, a vector, which is classification on the device; cut before it."
-            )
-        channels, height, width = feature_shape
-        if channels != self.channels or self.size not in (None, (height, width)):
-            raise ModelError(
-                f"codec: made for {self.channels} channels of size {self.size}, the feature at this cut is {tuple(feature_shape)}; build it for it."
-            )
-        if self.stride > min(height, width):
-            raise ModelError(f"codec: stride {self.stride} is larger than the {height}x{width} feature at this cut; choose a smaller stride.")
-        code = (self.code_channels, -(-height // self.stride), -(-width // self.stride))
-        if min(code[1:]) < 2:
-            raise ModelError(f"codec: stride {self.stride} leaves {code[1]}x{code[2]} of the {height}x{width} feature, below 2x2; choose a smaller stride.")
-        return code
+        if tuple(x.shape[1:]) != self.feature_shape:
+            raise ModelError(f"codec: made for a feature of {self.feature_shape}, got one of {tuple(x.shape[1:])}; build it for that shape.")
+        return self.code(x)
+
+    @abstractmethod
+    def code(self, x: Tensor) -> Coded:
+        """`forward` for a feature of the right shape."""
+
+
+class SymbolCodec(FeatureCodec):
+    """A codec whose code is integers: `quantise` turns u into uint8 symbols 0 .. 2^bits - 1, `dequantise` turns those into v, which the edge decodes."""
+
+    quantise: nn.Module
+    dequantise: nn.Module
+
+    def code(self, x: Tensor) -> Coded:
+        u = self.encode(x)
+        symbols = self.quantise(u)
+        v = self.dequantise(symbols)
+        # v + (u - u), not u + (v - u): the decoder then trains on the very numbers that the edge will dequantise.
+        return Coded(self.decode(v + (u - u.detach())), self.loss(u, symbols, v))
+
+    def loss(self, u: Tensor, symbols: Tensor, v: Tensor) -> Tensor:
+        """The codec's own term of the training loss, a scalar."""
+        return u.new_zeros(())
+
+
+class UniformCodec(SymbolCodec):
+    """2^bits evenly spaced levels, passed straight through in training."""
+
+    kind = "uniform"
+
+    def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
+        super().__init__(spec, shape, restored_channels)
+        self.quantise, self.dequantise = Quantiser(spec.bits), Dequantiser(spec.bits)
+
+
+class RateCodec(UniformCodec):
+    """`uniform` whose loss also counts the coded bits of an image, times rate_weight.
+
+    A symbol costs -log2 of its running frequency in its code channel, which is what the coder's tables will hold. Between two levels the cost is
+    interpolated, which gives u a gradient towards the cheaper one; the batch norm before the clamp can so narrow a channel to few levels or still it.
+    """
+
+    kind = "rate"
+    frequencies: Tensor
+
+    def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
+        super().__init__(spec, shape, restored_channels)
+        # Counted, not learned by gradient: the running counts are the best static distribution at once, at every rate_weight and learning rate.
+        self.register_buffer("frequencies", torch.full((spec.code_channels, 2**spec.bits), 2.0**-spec.bits))
+
+    def bits_of(self, symbols: Tensor) -> Tensor:
+        """-log2 of the running frequency of each of `symbols`, uint8 (B, h, H', W')."""
+        return self._costs(symbols)
+
+    def loss(self, u: Tensor, symbols: Tensor, v: Tensor) -> Tensor:
+        if self.training:
+            self._count(symbols)
+        position = u * (2**self.spec.bits - 1)
+        below = position.detach().floor().clamp(0, 2**self.spec.bits - 2)
+        slope = self._costs(below + 1) - self._costs(below)
+        bits = self._costs(symbols) + slope * (position - position.detach())
+        return self.spec.rate_weight * bits.sum() / len(u)
+
+    @torch.no_grad()
+    def _count(self, symbols: Tensor) -> None:
+        levels = self.frequencies.shape[1]
+        shares = F.one_hot(symbols.transpose(0, 1).flatten(1).long(), levels).to(self.frequencies.dtype).mean(1)
+        self.frequencies.lerp_(shares, COUNTING_MOMENTUM)
+
+    def _costs(self, symbols: Tensor) -> Tensor:
+        channel = torch.arange(symbols.shape[1], device=symbols.device).reshape(-1, 1, 1)
+        return -self.frequencies.clamp_min(LEAST_FREQUENCY).log2()[channel, symbols.long()]
+
+
+class CodebookCodec(SymbolCodec):
+    """A learned scalar codebook of 2^bits values: each u becomes the nearest, which is drawn to it, and u to the value by `commitment`."""
+
+    kind = "codebook"
+
+    def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
+        super().__init__(spec, shape, restored_channels)
+        self.values = nn.Parameter(torch.linspace(0, 1, 2**spec.bits))
+        self.quantise, self.dequantise = NearestValue(self.values), ValueOf(self.values)
+
+    def loss(self, u: Tensor, symbols: Tensor, v: Tensor) -> Tensor:
+        return F.mse_loss(v, u.detach()) + self.spec.commitment * F.mse_loss(u, v.detach())
+
+
+class NoiseNoted(nn.Module):
+    """Appends a plane (or number) that holds the noise level to a feature (B, C, H, W) or (B, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Codes and decodes `x` (B, C, H, W); gradients pass the quantiser straight through.
+        return torch.cat([x, torch.full_like(x[:, :1], self.noise)], dim=1)
+
+
+class ChannelCodec(FeatureCodec):
+    """Joint source-channel coding: u goes over a noisy channel as it is, and the encoder knows the noise level (BottleNet++).
+
+    In training the level is drawn afresh for each batch from `spec.noise`; in evaluation it is `noise`, at first the geometric mean of the two.
+    """
+
+    uses_per_symbol: ClassVar[int]  # real values for AWGN, bits for the others
+
+    def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
+        super().__init__(spec, shape, restored_channels)
+        self.noise = math.sqrt(math.prod(spec.noise))
+
+    @property
+    def noise_planes(self) -> int:
+        return 1
+
+    @property
+    def channel_uses(self) -> int:
+        """Of one image."""
+        return self.uses_per_symbol * math.prod(self.code_shape)
+
+    def build_encoder(self) -> nn.Module:
+        return nn.Sequential(NoiseNoted(), super().build_encoder())
+
+    def at(self, noise: float) -> None:
+        """Evaluate at this noise level from now on.
 
         Raises:
-            ModelError: a feature of another size than the codec was made for.
+            ModelError: not a noise level of this channel.
         """
-        u = self.encode(x)
-        v = self.dequantise(self.quantise(u))
-        # v + (u - u), not u + (v - u): the decoder then trains on the very numbers that the edge will dequantise.
-        decoded: Tensor = self.decode(v + (u - u.detach()))
-        if decoded.shape != x.shape:
-            raise ModelError(f"codec: restores {tuple(decoded.shape[1:])} from a feature of {tuple(x.shape[1:])}; give the codec that size.")
-        return decoded
+        check_noise(self.kind, noise, noise)
+        self.noise = noise
+
+    def code(self, x: Tensor) -> Coded:
+        noise = draw_noise(*self.spec.noise) if self.training else self.noise
+        assert isinstance(self.encode, nn.Sequential)
+        noted = self.encode[0]
+        assert isinstance(noted, NoiseNoted)
+        noted.noise = noise
+        return Coded(self.decode(self.send(self.encode(x), noise)), x.new_zeros(()))
+
+    @abstractmethod
+    def send(self, u: Tensor, noise: float) -> Tensor:
+        """What arrives of u, with gradients."""
+
+
+class AwgnCodec(ChannelCodec):
+    """Analogue symbols over additive white Gaussian noise."""
+
+    kind, uses_per_symbol = "jscc-awgn", 1
+
+    def send(self, u: Tensor, noise: float) -> Tensor:
+        return awgn(u, noise)
+
+
+class ErasureCodec(ChannelCodec):
+    """8-bit symbols over a binary erasure channel."""
+
+    kind, uses_per_symbol = "jscc-bec", SYMBOL_BITS
+
+    def send(self, u: Tensor, noise: float) -> Tensor:
+        return binary_erasure(u, noise)
+
+
+class BitFlipCodec(ChannelCodec):
+    """8-bit symbols over a binary symmetric channel."""
+
+    kind, uses_per_symbol = "jscc-bsc", SYMBOL_BITS
+
+    def send(self, u: Tensor, noise: float) -> Tensor:
+        return binary_symmetric(u, noise)
+
+
+CODECS: dict[str, type[FeatureCodec]] = {codec.kind: codec for codec in (UniformCodec, CodebookCodec, RateCodec, AwgnCodec, ErasureCodec, BitFlipCodec)}
+
+
+def build_codec(spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> FeatureCodec:
+    """The codec `spec` describes for a feature of `shape`, untrained.
+
+    Raises:
+        ModelError: it does not fit the feature.
+    """
+    return CODECS[spec.kind](spec, shape, restored_channels)
+
+
+def code_shape(shape: Sequence[int], code_channels: int, stride: int) -> tuple[int, int, int]:
+    """(h, H', W') of the code of a feature of `shape` (C, H, W), or (h, 1, 1) of a vector (C,), both without batch.
+
+    Raises:
+        ModelError: a feature that cannot be coded so: neither map nor vector, smaller than the stride, or a code below 2x2.
+    """
+    if len(shape) not in (1, 3):
+        raise ModelError(f"codec: the feature at this cut has shape {tuple(shape)}, neither a map (C, H, W) nor a vector (C); choose another cut.")
+    if stride < 1:
+        raise ModelError(f"codec: stride is {stride}; choose 1 or more.")
+    if not 1 <= code_channels <= shape[0]:
+        raise ModelError(f"codec: code_channels is {code_channels} for a feature of {shape[0]} channels; choose 1 to {shape[0]}.")
+    if len(shape) == 1:
+        if stride > 1:
+            raise ModelError(f"codec: stride is {stride}, but the feature at this cut is a vector of {shape[0]}; choose stride 1.")
+        return code_channels, 1, 1
+    height, width = shape[1:]
+    if stride > min(height, width):
+        raise ModelError(f"codec: stride {stride} is larger than the {height}x{width} feature at this cut; choose a smaller stride.")
+    code = (code_channels, -(-height // stride), -(-width // stride))
+    if min(code[1:]) < 2:
+        raise ModelError(f"codec: stride {stride} leaves {code[1]}x{code[2]} of the {height}x{width} feature, below 2x2; choose a smaller stride.")
+    return code

@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.codec import FeatureCodec
+from models.codec import CodecSpec, FeatureCodec, SymbolCodec, build_codec
 from models.cutting import split
 from models.pruning import ChannelPlan, rebuild
+from pipeline.errors import ModelError
+
+
+class Pass(NamedTuple):
+    """One pass of images through a split network.
+
+    `feature` at the cut, (B, C, H, W); `decoded`, what the codec makes of it, (B, R, H, W); `logits` (B, classes); and the codec's own loss, a scalar.
+    """
+
+    feature: Tensor
+    decoded: Tensor
+    logits: Tensor
+    codec_loss: Tensor
 
 
 class CoInference(nn.Module):
-    """A backbone split at a cut with a codec between: images (B, 3, S, S) -> logits (B, classes), differentiable through the quantiser (METHODS 3)."""
+    """A backbone split at a cut with a codec between: images (B, 3, S, S) -> logits (B, classes), differentiable through the code (METHODS 3)."""
 
     def __init__(self, head: nn.Module, codec: FeatureCodec, tail: nn.Module) -> None:
         super().__init__()
         self.head, self.codec, self.tail = head, codec, tail
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.features(x)[2]
+        return self.run(x).logits
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The feature at the cut and what the codec makes of it, both (B, C, H, W), and the logits (B, classes): what distillation compares."""
+    def run(self, x: Tensor) -> Pass:
+        """All that a loss may compare."""
         feature = self.head(x)
-        decoded = self.codec(feature)
-        return feature, decoded, self.tail(decoded)
+        coded = self.codec(feature)
+        return Pass(feature, coded.decoded, self.tail(coded.decoded), coded.loss)
 
     def device_half(self) -> nn.Module:
-        """Images (B, 3, S, S) float32 -> uint8 symbols (B, h, H', W'); shares this network's parameters, and holds no others."""
-        return self._half(self.head, self.codec.encode, self.codec.quantise)
+        """Images (B, 3, S, S) float32 -> uint8 symbols (B, h, H', W'); shares this network's parameters, and holds no others.
+
+        Raises:
+            ModelError: the codec has no symbols.
+        """
+        codec = self._symbol_codec()
+        return self._half(self.head, codec.encode, codec.quantise)
 
     def edge_half(self) -> nn.Module:
-        """uint8 symbols (B, h, H', W') -> logits (B, classes); shares this network's parameters, and holds no others."""
-        return self._half(self.codec.dequantise, self.codec.decode, self.tail)
+        """uint8 symbols (B, h, H', W') -> logits (B, classes); shares this network's parameters, and holds no others.
+
+        Raises:
+            ModelError: the codec has no symbols.
+        """
+        codec = self._symbol_codec()
+        return self._half(codec.dequantise, codec.decode, self.tail)
+
+    def _symbol_codec(self) -> SymbolCodec:
+        if not isinstance(self.codec, SymbolCodec):
+            raise ModelError(
+                f"codec {self.codec.kind} sends no symbols a frame could carry and can only be evaluated; choose another codec.kind to export."
+            )
+        return self.codec
 
     def _half(self, *parts: nn.Module) -> nn.Module:
         half = nn.Sequential(*parts)
@@ -42,27 +73,20 @@ class CoInference(nn.Module):
         return half
 
 
-def build_split(
-    backbone: nn.Module,
-    example: Tensor,
-    cut: str,
-    code_channels: int,
-    stride: int,
-    bits: int,
-    plan: ChannelPlan | None = None,
-) -> CoInference:
-    """`backbone` split at `cut`, its head narrowed by `plan`, with a fresh codec between the halves.
+def build_split(backbone: nn.Module, example: Tensor, cut: str, spec: CodecSpec, plan: ChannelPlan | None = None) -> CoInference:
+    """`backbone` split at `cut`, its head narrowed by `plan`, with a fresh codec of `spec` between the halves.
 
     Head and tail are copies: `backbone` is usually the teacher too, and must not train along. `example` is a batch of images (B, 3, S, S).
 
     Raises:
         ModelError: an unknown cut, a plan of another network, or a codec that does not fit the feature at the cut.
     """
-    head, tail = (copy.deepcopy(half) for half in split(backbone, example, cut))
-    if plan is not None:
-        head = rebuild(head, plan)
-    with torch.no_grad():
-        shape = tuple(copy.deepcopy(head).eval()(example[:1]).shape[1:])
-    codec = FeatureCodec(shape[0], code_channels, stride, bits, (shape[1], shape[2]) if len(shape) == 3 else None)
-    codec.code_shape(shape)
+    whole, tail = (copy.deepcopy(half) for half in split(backbone, example, cut))
+    head = whole if plan is None else rebuild(whole, plan)
+    codec = build_codec(spec, _shape(head, example), _shape(whole, example)[0])
     return CoInference(head, codec, tail).train(backbone.training)
+
+
+@torch.no_grad()
+def _shape(head: nn.Module, example: Tensor) -> tuple[int, ...]:
+    return tuple(copy.deepcopy(head).eval()(example[:1]).shape[1:])

@@ -1,21 +1,50 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.codec import FeatureCodec
+from models.codec import CODECS, ChannelCodec, CodebookCodec, CodecSpec, FeatureCodec, RateCodec, SymbolCodec, build_codec
 from pipeline.errors import ModelError
 
+SYMBOLS = [kind for kind, codec in CODECS.items() if issubclass(codec, SymbolCodec)]
+NOISY = [kind for kind, codec in CODECS.items() if issubclass(codec, ChannelCodec)]
 
+
+def symbol_codec(kind: str, shape: tuple[int, ...], code_channels: int, stride: int, bits: int, rate_weight: float = 0.0) -> SymbolCodec:
+    codec = build_codec(CodecSpec(kind, code_channels, stride, bits, rate_weight), shape)
+    assert isinstance(codec, SymbolCodec)
+    return codec
+
+
+def feature_of_three_causes(count: int = 32) -> Tensor:
+    return torch.relu(torch.einsum("bkhw,kc->bchw", torch.randn(count, 3, 8, 8), torch.randn(3, 8)))
+
+
+def train(codec: FeatureCodec, feature: Tensor, steps: int = 120, rate: float = 0.02) -> float:
+    """The share of the feature's variance that the trained codec does not restore."""
+    optimizer = torch.optim.Adam(codec.parameters(), rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        coded = codec(feature)
+        (nn.functional.mse_loss(coded.decoded, feature) + coded.loss).backward()
+        optimizer.step()
+    codec.eval()
+    with torch.no_grad():
+        return float(nn.functional.mse_loss(codec(feature).decoded, feature) / feature.var())
+
+
+@pytest.mark.parametrize("kind", SYMBOLS)
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_exactly_two_to_the_bits_levels_and_the_top_one_does_not_wrap(bits: int) -> None:
-    codec = FeatureCodec(4, 2, 1, bits)
+def test_exactly_two_to_the_bits_levels_and_the_top_one_does_not_wrap(kind: str, bits: int) -> None:
+    codec = symbol_codec(kind, (4, 4, 4), 2, 1, bits)
     symbols = codec.quantise(torch.linspace(0, 1, 100_001))
     assert symbols.dtype == torch.uint8
     assert symbols.unique().tolist() == list(range(2**bits))
     assert symbols[0] == 0
-    assert symbols[-1] == codec.quantise(torch.tensor(0.999)) == 2**bits - 1
+    assert symbols[-1] == codec.quantise(torch.tensor([0.999]))[0] == 2**bits - 1
     assert (symbols.int().diff() >= 0).all()
     levels = codec.dequantise(torch.arange(2**bits, dtype=torch.uint8))
     assert levels[0] == 0
@@ -24,106 +53,244 @@ def test_exactly_two_to_the_bits_levels_and_the_top_one_does_not_wrap(bits: int)
 
 
 def test_ties_round_to_even_as_in_onnx() -> None:
-    assert FeatureCodec(4, 2, 1, 2).quantise(torch.tensor([0.5, 1.5, 2.5]) / 3).tolist() == [0, 2, 2]
+    assert symbol_codec("uniform", (4, 4, 4), 2, 1, 2).quantise(torch.tensor([0.5, 1.5, 2.5]) / 3).tolist() == [0, 2, 2]
 
 
-def test_the_code_stays_within_bounds_whatever_the_feature() -> None:
-    codec = FeatureCodec(4, 2, 1, 8)
-    u = codec.encode(torch.randn(8, 4, 6, 6) * 1e4)
+@pytest.mark.parametrize("kind", CODECS)
+def test_the_code_stays_within_bounds_whatever_the_feature(kind: str) -> None:
+    u = build_codec(CodecSpec(kind, 2, 1, 8), (4, 6, 6)).encode(torch.randn(8, 4, 6, 6) * 1e4)
     assert u.min() == 0
     assert u.max() == 1
 
 
+@pytest.mark.parametrize("kind", CODECS)
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(16, 16), (15, 17), (11, 9), (28, 23)])
-def test_code_has_the_size_promised_and_the_feature_comes_back_whole(stride: int, size: tuple[int, int]) -> None:
-    codec = FeatureCodec(6, 3, stride, 4, size)
+def test_code_has_the_size_promised_and_the_feature_comes_back_whole(kind: str, stride: int, size: tuple[int, int]) -> None:
+    codec = build_codec(CodecSpec(kind, 3, stride, 4), (6, *size))
     feature = torch.randn(2, 6, *size)
-    u = codec.encode(feature)
-    assert u.shape[1:] == codec.code_shape(feature.shape[1:]) == (3, -(-size[0] // stride), -(-size[1] // stride))
-    assert codec(feature).shape == feature.shape
-    assert codec.decode(codec.dequantise(codec.quantise(u))).shape == feature.shape
+    assert codec.encode(feature).shape[1:] == codec.code_shape == (3, -(-size[0] // stride), -(-size[1] // stride))
+    assert codec(feature).decoded.shape == feature.shape
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_a_vector_is_coded_by_linear_layers(kind: str) -> None:
+    codec = build_codec(CodecSpec(kind, 4, 1, 3), (10,))
+    vector = torch.randn(8, 10)
+    assert codec.encode(vector).shape == (8, *codec.code_shape) == (8, 4, 1, 1)
+    assert codec(vector).decoded.shape == (8, 10)
+    assert not [layer for layer in codec.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 8), (6,)])
+def test_a_pruned_feature_comes_back_with_the_channels_the_edge_half_wants(shape: tuple[int, ...]) -> None:
+    codec = build_codec(CodecSpec("uniform", 4, 1, 3), shape, restored_channels=16)
+    assert codec(torch.randn(2, *shape)).decoded.shape == (2, 16, *shape[1:])
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, 8), (2, 7), (4, 16), (8, 17)])
 def test_every_place_of_the_restored_feature_depends_on_the_code(stride: int, size: int) -> None:
     """A transposed 3x3 with stride 4 would leave holes that hold the bias alone."""
-    codec = FeatureCodec(2, 2, stride, 8, (size, size)).eval()
+    codec = symbol_codec("uniform", (2, size, size), 2, stride, 8).eval()
+    assert isinstance(codec.decode, nn.Sequential)
     nn.init.ones_(codec.decode[0].weight)
-    code = torch.rand(1, *codec.code_shape((2, size, size)))
+    code = torch.rand(1, *codec.code_shape)
     assert (codec.decode(code + 1) - codec.decode(code)).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize(("stride", "kernel"), [(1, 1), (2, 3), (4, 3)])
 def test_the_encoder_is_one_small_convolution(stride: int, kernel: int) -> None:
-    convolutions = [module for module in FeatureCodec(8, 4, stride, 4).encode.modules() if isinstance(module, nn.Conv2d)]
+    encoder = symbol_codec("uniform", (8, 16, 16), 4, stride, 4).encode
+    convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
     assert [(conv.kernel_size, conv.stride) for conv in convolutions] == [((kernel, kernel), (stride, stride))]
 
 
-def test_training_sees_the_numbers_the_edge_will_see_and_gradients_pass_straight_through() -> None:
+@pytest.mark.parametrize("kind", SYMBOLS)
+def test_training_sees_the_numbers_the_edge_will_see_and_gradients_pass_straight_through(kind: str) -> None:
     torch.manual_seed(0)
-    codec = FeatureCodec(6, 3, 2, 3, (7, 7)).eval()
+    codec = symbol_codec(kind, (6, 7, 7), 3, 2, 3).eval()
     feature = torch.randn(4, 6, 7, 7)
-    assert torch.equal(codec(feature), codec.decode(codec.dequantise(codec.quantise(codec.encode(feature)))))
+    assert torch.equal(codec(feature).decoded, codec.decode(codec.dequantise(codec.quantise(codec.encode(feature)))))
+    assert isinstance(codec.encode, nn.Sequential)
     smooth = torch.autograd.grad(codec.decode(codec.encode(feature)).sum(), codec.encode[0].weight)[0]
-    quantised = torch.autograd.grad(codec(feature).sum(), codec.encode[0].weight)[0]
+    quantised = torch.autograd.grad(codec(feature).decoded.sum(), codec.encode[0].weight)[0]
     assert quantised.abs().max() > 0
     torch.testing.assert_close(quantised, smooth)
 
 
+@pytest.mark.parametrize("kind", SYMBOLS)
 @pytest.mark.parametrize("bits", [1, 2, 8])
-def test_a_codec_learns_and_uses_its_levels(bits: int) -> None:
+def test_a_codec_learns_and_uses_its_levels(kind: str, bits: int) -> None:
     torch.manual_seed(0)
-    feature = torch.relu(torch.einsum("bkhw,kc->bchw", torch.randn(32, 3, 8, 8), torch.randn(3, 8)))  # three causes behind eight channels
-    codec = FeatureCodec(8, 6, 1, bits)
-    optimizer = torch.optim.Adam(codec.parameters(), 0.02)
-    for _ in range(120):
-        optimizer.zero_grad()
-        nn.functional.mse_loss(codec(feature), feature).backward()
-        optimizer.step()
-    codec.eval()
-    unexplained = nn.functional.mse_loss(codec(feature), feature) / feature.var()
-    assert unexplained < (0.45 if bits == 1 else 0.2)
+    feature = feature_of_three_causes()
+    codec = symbol_codec(kind, (8, 8, 8), 6, 1, bits)
+    assert train(codec, feature) < (0.45 if bits == 1 else 0.2)
     assert len(codec.quantise(codec.encode(feature)).unique()) >= 0.8 * 2**bits
 
 
-def test_evaluation_moves_no_statistics() -> None:
-    codec = FeatureCodec(6, 3, 1, 3).eval()
+@pytest.mark.parametrize("kind", CODECS)
+def test_evaluation_moves_no_statistics(kind: str) -> None:
+    codec = build_codec(CodecSpec(kind, 3, 1, 3), (6, 5, 5)).eval()
     before = {name: tensor.clone() for name, tensor in codec.state_dict().items()}
     codec(torch.randn(4, 6, 5, 5) + 3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in codec.state_dict().items())
 
 
+def test_a_rate_in_the_loss_buys_fewer_bits_for_more_distortion() -> None:
+    torch.manual_seed(0)
+    feature = feature_of_three_causes()
+    points = []
+    for rate_weight in (0.0, 2e-4, 2e-3):
+        torch.manual_seed(1)
+        codec = symbol_codec("rate", (8, 8, 8), 6, 1, 4, rate_weight)
+        distortion = train(codec, feature)
+        assert isinstance(codec, RateCodec)
+        points.append((float(codec.bits_of(codec.quantise(codec.encode(feature))).sum()) / len(feature), distortion))
+    assert points[0][0] > 1.15 * points[1][0] > 1.3 * points[2][0]
+    assert points[0][1] <= points[1][1] + 0.01 <= points[2][1] + 0.02
+
+
+def test_counted_bits_are_the_empirical_entropy_of_a_channel() -> None:
+    codec = symbol_codec("rate", (2, 16, 16), 2, 1, 2, 1e-3)
+    assert isinstance(codec, RateCodec)
+    torch.manual_seed(0)
+    shares = torch.tensor([[0.5, 0.25, 0.125, 0.125], [1.0, 0.0, 0.0, 0.0]])
+    draw = [torch.multinomial(row, 64 * 256, replacement=True).reshape(64, 16, 16) for row in shares]
+    symbols = torch.stack(draw, 1).to(torch.uint8)
+    u = codec.dequantise(symbols)
+    for _ in range(300):
+        codec.loss(u, symbols, u)
+    assert float(codec.bits_of(symbols[:, :1]).mean()) == pytest.approx(1.75, abs=0.02)
+    assert float(codec.bits_of(symbols)[:, 1].mean()) < 0.001
+    assert float(codec.loss(u, symbols, u)) == pytest.approx(1e-3 * float(codec.bits_of(symbols).sum()) / 64, rel=1e-3)
+
+
+def test_the_gradient_of_the_rate_leads_to_the_cheaper_neighbour() -> None:
+    codec = symbol_codec("rate", (1, 2, 2), 1, 1, 2, 1.0).eval()
+    assert isinstance(codec, RateCodec)
+    codec.frequencies.copy_(torch.tensor([[0.1, 0.6, 0.2, 0.1]]))
+    u = torch.tensor([0.2, 0.5, 0.9, 1.0]).reshape(1, 1, 2, 2).requires_grad_(True)
+    symbols = codec.quantise(u)
+    codec.loss(u, symbols, codec.dequantise(symbols)).backward()
+    assert u.grad is not None
+    towards = -u.grad.flatten()
+    expected = [3 * math.log2(0.6 / 0.1), -3 * math.log2(0.6 / 0.2), -3 * math.log2(0.2 / 0.1), -3 * math.log2(0.2 / 0.1)]
+    assert towards.tolist() == pytest.approx(expected, rel=1e-4), "bits from one level to the next, per unit of u; the end of the range leads back into it"
+
+
+def test_a_codebook_moves_its_values_to_where_the_code_is() -> None:
+    torch.manual_seed(0)
+    codec = symbol_codec("codebook", (1, 4, 4), 1, 1, 2)
+    assert isinstance(codec, CodebookCodec)
+    clusters = torch.tensor([0.1, 0.2, 0.75, 0.8])
+    u = clusters[torch.randint(4, (32, 1, 4, 4))] + 0.005 * torch.randn(32, 1, 4, 4)
+    optimizer = torch.optim.SGD([codec.values], 0.5)
+    for _ in range(400):
+        optimizer.zero_grad()
+        symbols = codec.quantise(u)
+        codec.loss(u, symbols, codec.dequantise(symbols)).backward()
+        optimizer.step()
+    symbols = codec.quantise(u)
+    assert (codec.dequantise(symbols) - u).abs().max() < 0.06
+    assert codec.dequantise(torch.arange(4, dtype=torch.uint8)).diff().min() >= 0, "symbols stay in the order of their values, whatever order training left"
+
+
+def test_codebook_and_code_draw_each_other_by_their_own_weights() -> None:
+    codec = build_codec(CodecSpec("codebook", 1, 1, 1, commitment=0.25), (1, 2, 2))
+    assert isinstance(codec, CodebookCodec)
+    u = torch.full((1, 1, 2, 2), 0.8, requires_grad=True)
+    codec.loss(u, codec.quantise(u), codec.dequantise(codec.quantise(u))).backward()
+    assert u.grad is not None
+    assert codec.values.grad is not None
+    assert u.grad.sum().item() == pytest.approx(0.25 * 2 * (0.8 - 1.0))
+    assert codec.values.grad.tolist() == pytest.approx([0, 2 * (1.0 - 0.8)])
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_a_channel_codec_learns_to_live_with_noise_and_suffers_more_from_more(kind: str) -> None:
+    torch.manual_seed(0)
+    feature = feature_of_three_causes()
+    low, high = (0.02, 0.3) if kind == "jscc-awgn" else (0.002, 0.1)
+    codec = build_codec(CodecSpec(kind, 6, 1, 8, noise=(low, high)), (8, 8, 8))
+    assert isinstance(codec, ChannelCodec)
+    train(codec, feature)
+
+    def distortion(noise: float) -> float:
+        codec.at(noise)
+        with torch.no_grad():
+            return float(nn.functional.mse_loss(codec(feature).decoded, feature) / feature.var())
+
+    little, some, much = distortion(low), distortion(math.sqrt(low * high)), distortion(high)
+    assert little < some < much
+    assert little < 0.15
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_the_encoder_knows_the_noise_and_it_changes_from_batch_to_batch_in_training(kind: str) -> None:
+    torch.manual_seed(0)
+    codec = build_codec(CodecSpec(kind, 3, 1, 8), (6, 8, 8))
+    assert isinstance(codec, ChannelCodec)
+    seen: list[Tensor] = []
+    assert isinstance(codec.encode, nn.Sequential)
+    codec.encode[1][0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -1]))
+    for _ in range(4):
+        codec(torch.randn(5, 6, 8, 8))
+    codec.eval()
+    for noise in (0.1, 0.2):
+        codec.at(noise)
+        codec(torch.randn(5, 6, 8, 8))
+    planes = [plane.unique() for plane in seen]
+    assert all(len(plane) == 1 for plane in planes), "one level for the whole batch"
+    assert len({float(plane) for plane in planes[:4]}) == 4
+    assert [float(plane) for plane in planes[4:]] == pytest.approx([0.1, 0.2])
+
+
+def test_channel_uses_are_reals_for_awgn_and_bits_for_the_digital_channels() -> None:
+    uses = {kind: build_codec(CodecSpec(kind, 3, 2, 8), (6, 8, 8)) for kind in NOISY}
+    assert {kind: codec.channel_uses for kind, codec in uses.items() if isinstance(codec, ChannelCodec)} == {
+        "jscc-awgn": 48,
+        "jscc-bec": 8 * 48,
+        "jscc-bsc": 8 * 48,
+    }
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("fields", "message"),
     [
-        ((8, 4, 1, 0), "bits is 0; choose 1 to 8"),
-        ((8, 4, 1, 9), "bits is 9; choose 1 to 8"),
-        ((8, 9, 1, 4), "code_channels is 9 for a feature of 8 channels; choose 1 to 8"),
-        ((8, 0, 1, 4), "code_channels is 0"),
-        ((8, 4, 0, 4), "stride is 0"),
+        ({"bits": 0}, "bits is 0; choose 1 to 8"),
+        ({"bits": 9}, "bits is 9; choose 1 to 8"),
+        ({"code_channels": 9}, "code_channels is 9 for a feature of 8 channels; choose 1 to 8"),
+        ({"code_channels": 0}, "code_channels is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"kind": "vector"}, "kind is vector; choose one of uniform, codebook, rate, jscc-awgn, jscc-bec, jscc-bsc"),
+        ({"kind": "rate", "rate_weight": -1.0}, "rate_weight is -1.0; choose 0 or more"),
+        ({"kind": "rate", "rate_weight": math.nan}, "rate_weight is nan; choose 0 or more"),
+        ({"kind": "jscc-awgn", "noise": (0.0, 0.1)}, r"jscc-awgn: noise is 0.0 to 0.1; give two standard deviations above 0"),
+        ({"kind": "jscc-bsc", "noise": (0.1, 0.7)}, r"probabilities above 0 and at most .5"),
     ],
 )
-def test_impossible_codecs_are_refused(arguments: tuple[int, int, int, int], message: str) -> None:
+def test_impossible_codecs_are_refused(fields: dict[str, object], message: str) -> None:
+    good: dict[str, object] = {"kind": "uniform", "code_channels": 4, "stride": 1, "bits": 4}
     with pytest.raises(ModelError, match=message):
-        FeatureCodec(*arguments)
+        build_codec(CodecSpec(**(good | fields)), (8, 8, 8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("shape", "stride", "message"),
     [
-        ((8,), 1, "a vector, which is classification on the device"),
+        ((8,), 2, "stride is 2, but the feature at this cut is a vector of 8; choose stride 1"),
+        ((197, 768), 1, "neither a map .* nor a vector"),
         ((8, 4, 4), 8, "stride 8 is larger than the 4x4 feature"),
         ((8, 4, 4), 4, "leaves 1x1 of the 4x4 feature, below 2x2"),
         ((8, 1, 1), 1, "below 2x2"),
-        ((6, 8, 8), 1, "made for 8 channels"),
     ],
 )
 def test_features_that_cannot_be_coded_are_refused(shape: tuple[int, ...], stride: int, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        FeatureCodec(8, 4, stride, 4).code_shape(shape)
+        build_codec(CodecSpec("uniform", 4, stride, 4), shape)
 
 
-def test_a_feature_of_another_size_is_refused_not_bent() -> None:
-    with pytest.raises(ModelError, match=r"restores \(4, 8, 8\) from a feature of \(4, 7, 7\)"):
-        FeatureCodec(4, 2, 2, 4)(torch.randn(2, 4, 7, 7))
+@pytest.mark.parametrize("kind", CODECS)
+def test_a_feature_of_another_size_is_refused_not_bent(kind: str) -> None:
+    with pytest.raises(ModelError, match=r"made for a feature of \(4, 8, 8\), got one of \(4, 7, 7\)"):
+        build_codec(CodecSpec(kind, 2, 2, 4), (4, 8, 8))(torch.randn(2, 4, 7, 7))

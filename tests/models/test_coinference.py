@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
 from models.cutting import cut_points, split
 from models.pruning import prune_head
@@ -26,9 +27,11 @@ def run(half: onnxruntime.InferenceSession, array: np.ndarray) -> Any:
     return half.run(None, {half.get_inputs()[0].name: array})[0]
 
 
-@pytest.mark.parametrize(("stride", "bits", "size"), [(1, 2, 16), (2, 8, 14)])
-def test_exported_halves_match_torch(tiny_backbone: nn.Module, stride: int, bits: int, size: int, tmp_path: Path) -> None:
-    network = build_split(tiny_backbone, torch.randn(2, 3, size, size), "block2", 8, stride, bits)  # 14 px: a 7x7 feature, odd under stride 2
+@pytest.mark.parametrize("kind", ["uniform", "codebook", "rate"])
+@pytest.mark.parametrize(("cut", "stride", "bits", "size"), [("block2", 1, 2, 16), ("block2", 2, 8, 14), ("mean", 1, 3, 16)])
+def test_exported_halves_match_torch(tiny_backbone: nn.Module, kind: str, cut: str, stride: int, bits: int, size: int, tmp_path: Path) -> None:
+    """14 px make a 7x7 feature, odd under stride 2; after the mean over both axes crosses a vector."""
+    network = build_split(tiny_backbone, torch.randn(2, 3, size, size), cut, CodecSpec(kind, 8, stride, bits))
     network.train()
     with torch.no_grad():
         for _ in range(3):  # statistics like a trained network's
@@ -41,7 +44,7 @@ def test_exported_halves_match_torch(tiny_backbone: nn.Module, stride: int, bits
         logits = edge(symbols)
         assert torch.equal(logits, network(images)), "training computes what the two halves compute"
     assert symbols.dtype == torch.uint8
-    assert symbols.shape[1:] == network.codec.code_shape(network.head(images[:1]).shape[1:])
+    assert symbols.shape[1:] == network.codec.code_shape
 
     exported = run(session(device, images[:2], tmp_path / "device.onnx"), images.numpy())
     assert exported.dtype == np.uint8
@@ -52,19 +55,19 @@ def test_exported_halves_match_torch(tiny_backbone: nn.Module, stride: int, bits
 
 
 def test_each_half_holds_only_what_it_runs(tiny_backbone: nn.Module) -> None:
-    network = build_split(tiny_backbone, torch.randn(1, 3, 16, 16), "block1", 4, 2, 4)
+    network = build_split(tiny_backbone, torch.randn(1, 3, 16, 16), "block1", CodecSpec("uniform", 4, 2, 4))
     ids = [{id(parameter) for parameter in half.parameters()} for half in (network.device_half(), network.edge_half())]
     assert not ids[0] & ids[1]
     assert ids[0] | ids[1] == {id(parameter) for parameter in network.parameters()}
 
 
-def test_features_are_what_distillation_compares(tiny_backbone: nn.Module) -> None:
+def test_a_pass_shows_what_distillation_compares(tiny_backbone: nn.Module) -> None:
     image = torch.randn(3, 3, 16, 16)
-    network = build_split(tiny_backbone, image, "block1", 4, 2, 4)
-    feature, decoded, logits = network.features(image)
-    assert feature.shape == decoded.shape == (3, 8, 16, 16)
-    assert torch.equal(feature, split(tiny_backbone, image, "block1")[0](image))
-    assert torch.equal(logits, network(image))
+    network = build_split(tiny_backbone, image, "block1", CodecSpec("uniform", 4, 2, 4))
+    seen = network.run(image)
+    assert seen.feature.shape == seen.decoded.shape == (3, 8, 16, 16)
+    assert torch.equal(seen.feature, split(tiny_backbone, image, "block1")[0](image))
+    assert torch.equal(seen.logits, network(image))
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -72,7 +75,7 @@ def test_a_split_trains_at_few_bits_and_leaves_the_teacher_alone(tiny_backbone: 
     torch.manual_seed(0)
     images, labels = torch.randn(32, 3, 16, 16), torch.arange(32) % 10
     before = {name: tensor.clone() for name, tensor in tiny_backbone.state_dict().items()}
-    network = build_split(tiny_backbone, images, "block1", 4, 2, bits).train()
+    network = build_split(tiny_backbone, images, "block1", CodecSpec("uniform", 4, 2, bits)).train()
     optimizer = torch.optim.Adam(network.parameters(), 0.01)
     for _ in range(40):
         optimizer.zero_grad()
@@ -90,19 +93,24 @@ def test_a_pruned_split_is_the_pruned_head_and_saves_and_loads(tiny_backbone: nn
     head, _ = split(tiny_backbone, image, "block2")
     layers = {point.name: point.layers for point in cut_points(tiny_backbone, image) if point.layers}
     pruned, plan = prune_head(head, image, {"block1": 0.5, "block2": 0.5}, layers)
-    network = build_split(tiny_backbone, image, "block2", 4, 1, 4, plan)
+    network = build_split(tiny_backbone, image, "block2", CodecSpec("uniform", 4, 1, 4), plan)
     assert torch.equal(network.head(image), pruned(image))
-    again: CoInference = build_split(tiny_backbone, image, "block2", 4, 1, 4, plan)
+    again: CoInference = build_split(tiny_backbone, image, "block2", CodecSpec("uniform", 4, 1, 4), plan)
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(image), network(image))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_the_backbones(tiny_backbone: nn.Module, training: bool) -> None:
-    network = build_split(tiny_backbone.train(training), torch.randn(2, 3, 16, 16), "block1", 4, 2, 4)
+    network = build_split(tiny_backbone.train(training), torch.randn(2, 3, 16, 16), "block1", CodecSpec("uniform", 4, 2, 4))
     assert {module.training for module in network.modules()} == {training}
 
 
-def test_a_cut_that_carries_a_vector_is_refused(tiny_backbone: nn.Module) -> None:
-    with pytest.raises(ModelError, match="vector"):
-        build_split(tiny_backbone, torch.randn(2, 3, 16, 16), "output", 4, 1, 4)
+@pytest.mark.parametrize("kind", ["jscc-awgn", "jscc-bec", "jscc-bsc"])
+def test_a_codec_without_symbols_trains_but_has_no_halves(tiny_backbone: nn.Module, kind: str) -> None:
+    network = build_split(tiny_backbone, torch.randn(2, 3, 16, 16), "block1", CodecSpec(kind, 4, 2, 8)).train()
+    network(torch.randn(4, 3, 16, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.head.parameters())
+    for half in (network.device_half, network.edge_half):
+        with pytest.raises(ModelError, match=f"codec {kind} sends no symbols a frame could carry and can only be evaluated"):
+            half()
