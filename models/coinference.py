@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.channel_plan import ChannelPlan, rebuild
 from models.codec import CodecSpec, FeatureCodec, SymbolCodec, build_codec
 from models.cutting import split
-from models.pruning import ChannelPlan, rebuild
 from pipeline.errors import ModelError
 
 
@@ -62,9 +62,7 @@ class CoInference(nn.Module):
 
     def _symbol_codec(self) -> SymbolCodec:
         if not isinstance(self.codec, SymbolCodec):
-            raise ModelError(
-                f"codec {self.codec.kind} sends no symbols a frame could carry and can only be evaluated; choose another codec.kind to export."
-            )
+            raise ModelError(f"codec {self.codec.kind} sends no symbols a frame could carry and can only be evaluated; choose another codec.kind to export.")
         return self.codec
 
     def _half(self, *parts: nn.Module) -> nn.Module:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from models.codec import FeatureCodec
 from models.coinference import CoInference, build_split
 from models.cutting import CutPoint, count_macs, split
-from models.pruning import ChannelPlan, prune_head
+from models.channel_plan import ChannelPlan
+from models.pruning import prune_head
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.energy import RASPBERRY_PI_4, energy_mj
 from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_frame_bytes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.backbones import build_backbone
 from models.coinference import CoInference, build_split
 from models.cutting import split
-from models.pruning import ChannelPlan, rebuild
+from models.channel_plan import ChannelPlan, rebuild
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted, ModelError
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json

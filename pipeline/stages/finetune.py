@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.backbones import build_backbone
 from models.coinference import build_split
 from models.cutting import CutPoint, split
-from models.pruning import ChannelPlan
+from models.channel_plan import ChannelPlan
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.data import load_card, load_split
 from pipeline.distilling import Distiller
