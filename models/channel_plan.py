@@ -86,37 +86,34 @@ class Silence:
     """Channels of a network held at zero, as if they were gone, until `lift` gives them back what they had (soft pruning, METHODS 2).
 
     Filters, biases, scales and shifts of the channels that `plan` leaves out are zero, so no batch norm lets beta - gamma*mu/sigma through. What an
-    optimiser does to them meanwhile (momentum, weight decay) `hold` undoes; call it after every step. In training their gradients are of no use and
-    small: all they feed is zero.
+    optimiser does to them meanwhile (momentum, weight decay) `hold` undoes; call it after every step. `had` is what they had, in a fixed order, to go
+    on from a checkpoint.
     """
 
-    def __init__(self, network: nn.Module, plan: ChannelPlan) -> None:
-        # (a tensor of the network, the silenced indices of its first axis, what was there)
-        self._saved: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, network: nn.Module, plan: ChannelPlan, had: Sequence[Tensor] | None = None) -> None:
+        self._silent: list[tuple[Tensor, Tensor]] = []  # a tensor of the network, and the silenced indices of its first axis
         for name, sides in plan.kept.items():
-            layer = network.get_submodule(name)
             if "out" not in sides:
                 continue
+            layer = network.get_submodule(name)
             silent = torch.ones(width(layer, "out"), dtype=torch.bool)
             silent[list(sides["out"])] = False
-            indices = silent.nonzero().flatten()
-            for attribute in ("weight", "bias", "running_mean", "running_var"):
-                tensor = getattr(layer, attribute, None)
-                if tensor is not None:
-                    self._saved.append((tensor, indices, tensor.detach()[indices].clone()))
+            tensors = (getattr(layer, attribute, None) for attribute in ("weight", "bias", "running_mean", "running_var"))
+            self._silent += [(tensor, silent.nonzero().flatten()) for tensor in tensors if tensor is not None]
+        self.had = list(had) if had is not None else [tensor.detach()[indices].clone() for tensor, indices in self._silent]
         self.hold()
 
     @torch.no_grad()
     def hold(self) -> None:
         """Silence them again."""
-        for tensor, indices, _ in self._saved:
+        for tensor, indices in self._silent:
             if isinstance(tensor, nn.Parameter):
                 tensor[indices] = 0
 
     @torch.no_grad()
     def lift(self) -> None:
         """Let them speak as before they were silenced."""
-        for tensor, indices, had in self._saved:
+        for (tensor, indices), had in zip(self._silent, self.had, strict=True):
             tensor[indices] = had
 
 

@@ -131,15 +131,15 @@ class FeatureCodec(nn.Module):
         restored_channels: R, where the edge half wants more channels than a pruned device half gives; C if left out.
 
     Raises:
-        ModelError: a size that cannot be: a stride larger than the feature, a code below 2x2, more code channels than channels.
+        ModelError: a size that cannot be: a stride larger than the feature, a code below 2x2, more code channels than restored ones.
     """
 
     kind: ClassVar[str]
 
     def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
         super().__init__()
-        self.spec, self.feature_shape, self.code_shape = spec, tuple(shape), code_shape(shape, spec.code_channels, spec.stride)
-        self.restored_shape = (restored_channels or shape[0], *shape[1:])
+        self.spec, self.feature_shape, self.restored_shape = spec, tuple(shape), (restored_channels or shape[0], *shape[1:])
+        self.code_shape = code_shape(self.restored_shape, spec.code_channels, spec.stride)
         self.encode, self.decode = self.build_encoder(), self.build_decoder()
 
     @property

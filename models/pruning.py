@@ -22,6 +22,7 @@ from pipeline.errors import ModelError
 _PASSED_THROUGH = (tp.ops.OPTYPE.CONCAT, tp.ops.OPTYPE.SPLIT, tp.ops.OPTYPE.ELEMENTWISE, tp.ops.OPTYPE.RESHAPE, tp.ops.OPTYPE.SLICE)
 
 Importance = Literal["l1", "l2", "taylor"]
+Scores = Mapping[str, Tensor]
 
 
 class Pruner:
@@ -60,17 +61,25 @@ class Pruner:
         """Name of each group that can be pruned -> its block."""
         return {name: block for name, (block, _) in self._groups.items()}
 
-    def plan(self, head: nn.Module, keep: Mapping[str, float], importance: Importance = "l1") -> ChannelPlan:
-        """The channels to keep of `head`, a half of the shape that this was made for, by its weights as they are now.
+    def scores(self, head: nn.Module, importance: Importance = "l1") -> Scores:
+        """How much each group's channels matter in `head`, a half of the shape that this was made for, by its weights as they are now: group -> (channels,).
 
-        A group keeps round(ratio*channels), rounded up to a multiple of the channel block, of greatest importance summed over its layers: the l1 or l2
-        norm of what belongs to the channel, or `taylor`, the sum of |weight * gradient| (arXiv 1906.10771), for which `head` must hold gradients.
+        Summed over the layers of the group: the l1 or l2 norm of what belongs to the channel, or `taylor`, |weight * gradient| (arXiv 1906.10771), for
+        which `head` must hold gradients; add up the scores of several batches.
+
+        Raises:
+            ModelError: `taylor` without gradients.
+        """
+        return {name: self._importance(head, group, importance) for name, (_, group) in self._groups.items()}
+
+    def plan(self, keep: Mapping[str, float], scores: Scores) -> ChannelPlan:
+        """The channels to keep: of each group round(ratio*channels), rounded up to a multiple of the channel block, those that score highest.
 
         Args:
             keep: block or group -> kept fraction in (0, 1]; what is not named is kept whole, and a group's own ratio goes before its block's.
 
         Raises:
-            ModelError: an unknown block, a ratio outside (0, 1], one that would leave a layer without channels, or missing gradients.
+            ModelError: an unknown block, a ratio outside (0, 1], or one that would leave a layer without channels.
         """
         for name, ratio in keep.items():
             if name not in self._blocks and name not in self._groups:
@@ -81,7 +90,7 @@ class Pruner:
         removed: dict[tuple[str, str], set[int]] = defaultdict(set)
         for name, (block, group) in self._groups.items():
             ratio = keep.get(name, keep.get(block, 1.0))
-            indices = self._least_important(head, group, ratio, block, importance) if ratio < 1 else []
+            indices = self._least_important(group, ratio, block, scores[name]) if ratio < 1 else []
             if not indices:
                 continue
             # Asked again for the chosen channels only: channels of one layer may be tied to each other, which the group of all of them does not show.
@@ -97,7 +106,7 @@ class Pruner:
             kept[name][side] = rest
         return ChannelPlan(dict(kept))
 
-    def _least_important(self, head: nn.Module, group: Any, ratio: float, block: str, importance: Importance) -> list[int]:
+    def _least_important(self, group: Any, ratio: float, block: str, scores: Tensor) -> list[int]:
         """Channels of the group's first layer that go, ascending."""
         channels = len(group[0].idxs)
         parts = math.lcm(*(_pattern(item.dep.target.module) for item in group))
@@ -112,17 +121,13 @@ class Pruner:
             )
         step = self._channel_block // math.gcd(self._channel_block, parts)
         kept = min(units, math.ceil(kept / step) * step)
-        scores = self._importance(head, group, channels, importance).reshape(parts, units).sum(0)
-        gone = torch.argsort(scores, stable=True)[: units - kept]
+        gone = torch.argsort(scores.reshape(parts, units).sum(0), stable=True)[: units - kept]
         return sorted(int(unit) + part * units for part in range(parts) for unit in gone)
 
     @torch.no_grad()
-    def _importance(self, head: nn.Module, group: Any, channels: int, importance: Importance) -> Tensor:
-        """Of each channel, summed over the group: (channels,).
-
-        Torch-Pruning's own magnitude importance passes over depthwise filters and misplaces the inputs of grouped convolutions.
-        """
-        scores = torch.zeros(channels, dtype=torch.float64)
+    def _importance(self, head: nn.Module, group: Any, importance: Importance) -> Tensor:
+        # Torch-Pruning's own magnitude importance passes over depthwise filters and misplaces the inputs of grouped convolutions.
+        scores = torch.zeros(len(group[0].idxs), dtype=torch.float64)
         for item in group:
             traced = item.dep.target.module
             sides = _sides(self._graph, item.dep) if traced in self._names else ()
@@ -150,7 +155,8 @@ def prune_head(
     """
     if all(ratio == 1 for ratio in keep.values()) and set(keep) <= set(layers_of_block):
         return copy.deepcopy(head), ChannelPlan()
-    plan = Pruner(head, example, layers_of_block, channel_block, cut_channels=cut_channels).plan(head, keep)
+    pruner = Pruner(head, example, layers_of_block, channel_block, cut_channels=cut_channels)
+    plan = pruner.plan(keep, pruner.scores(head))
     pruned = rebuild(head, plan)
     _check_output(pruned, head, example[:1], cut_channels)
     return pruned, plan

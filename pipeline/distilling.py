@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.params import Training
+from pipeline.losses import feature_loss, logits_loss
+from pipeline.params import Finetune, Pretrain
 from pipeline.training import Classifier
 
 
 class Distiller(Classifier):
-    """A `network` taught by an unsplit teacher: cross-entropy + `distill_logits` T^2 KL(teacher || student) + `distill_feature` MSE (METHODS 3).
+    """A `network` taught by an unsplit teacher: cross-entropy + `distill_logits` x `logits_loss`, and of a split `distill_feature` x `feature_loss` and
+    the codec's own loss too (METHODS 3).
 
-    `teacher` is (head, tail). With `distill_feature` the network must be a `CoInference` cut where the teacher is, whose decoded feature is
-    compared with the head's; without, it learns from the logits alone. The teacher stays in eval mode, is not trained and not saved.
+    `teacher` is (whole,), or (head, tail) of a teacher cut where `network`, then a `CoInference`, is. It stays in eval mode, is not trained and not saved.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        teacher: tuple[nn.Module, nn.Module],
-        settings: Training,
-        *,
-        distill_logits: float,
-        distill_feature: float,
-        temperature: float,
+        teacher: tuple[nn.Module] | tuple[nn.Module, nn.Module],
+        settings: Pretrain | Finetune,
         label_smoothing: float,
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
-        super().__init__(network, settings, label_smoothing)
+        super().__init__(network, settings, label_smoothing, frozen)
         # A tuple, so that torch does not count the teacher among the weights that are trained, averaged and checkpointed.
         self.teacher = tuple(part.eval().to(memory_format=torch.channels_last) for part in teacher)
-        self.distill_logits, self.distill_feature, self.temperature = distill_logits, distill_feature, temperature
+        self.distill_logits, self.temperature = settings.distill_logits, settings.temperature
+        self.distill_feature = settings.distill_feature if isinstance(settings, Finetune) else 0.0
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        head, tail = self.teacher
         with torch.no_grad():
-            wanted = head(images)
-            teacher_logits = tail(wanted)
-        network: Any = self.network
-        decoded, logits = network.features(images)[1:] if self.distill_feature else (None, network(images))
+            known = [images]
+            for part in self.teacher:
+                known.append(part(known[-1]))
+        if len(self.teacher) == 1:
+            logits, further = self.network(images), torch.zeros(())
+        else:
+            network: Any = self.network
+            seen = network.run(images)
+            logits, further = seen.logits, seen.codec_loss + self.distill_feature * feature_loss(seen.decoded, known[1])
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        log_student, log_teacher = (F.log_softmax(values.float() / self.temperature, dim=1) for values in (logits, teacher_logits))
-        loss = loss + self.distill_logits * self.temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-        return loss if decoded is None else loss + self.distill_feature * F.mse_loss(decoded, wanted)
+        return loss + self.distill_logits * logits_loss(logits, known[-1], self.temperature) + further
 
 
 class Ensemble(nn.Module):

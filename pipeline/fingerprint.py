@@ -13,7 +13,7 @@ import models
 import pipeline
 
 LIBRARIES = ("torch", "lightning", "optuna", "numpy", "pillow", "torch-pruning")
-TRAINING_CODE = ("models/*.py", "pipeline/data.py", "pipeline/distilling.py", "pipeline/inference.py", "pipeline/training.py")
+TRAINING_CODE = ("models/*.py", "pipeline/data.py", "pipeline/distilling.py", "pipeline/inference.py", "pipeline/losses.py", "pipeline/training.py")
 
 
 def fingerprint(code: Sequence[str], backbone: str) -> dict[str, Any]:

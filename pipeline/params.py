@@ -63,7 +63,19 @@ class Pretrain(Training):
     temperature: Positive = Field(2.0, description="of the distilled logits")
 
 
+class Codec(Section):
+    kind: Literal["uniform", "codebook", "rate"] = Field(
+        "uniform", description="evenly spaced levels, a learned scalar codebook, or levels trained to cost few bits"
+    )
+    commitment: NonNegative = Field(0.25, description="codebook: weight of the pull of the code towards its nearest value")
+
+
 class Finetune(Training):
+    prune_epochs: int = Field(0, ge=0, description="passes in which channels of the device half are silenced, more each round, before the least important go")
+    prune_rounds: Count = Field(4, description="times that the channels to silence are chosen anew")
+    importance: Literal["l1", "l2", "taylor"] = Field("l1", description="of a channel: norm of its weights, or |weight x gradient|")
+    codec_epochs: int = Field(0, ge=0, description="passes that train the codec alone, the backbone frozen")
+    codec_learning_rate: Positive = Field(0.1, description="peak in those passes")
     distill_logits: NonNegative = Field(1.0, description="weight of the KL divergence to the unsplit teacher")
     distill_feature: NonNegative = Field(0.1, description="weight of the squared error on the feature at the cut")
     temperature: Positive = Field(2.0, description="of the distilled logits")
@@ -94,9 +106,10 @@ class Search(Section):
     code_channels: list[Count] = Field(min_length=1, description="channels of the code")
     strides: list[Literal[1, 2, 4, 8]] = Field(min_length=1, description="spatial strides of the encoder")
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field(min_length=1, description="bits a symbol")
+    rate_weights: list[NonNegative] = Field([1e-4, 1e-3], min_length=1, description="codec `rate`: loss per coded bit of an image")
     webp_qualities: list[Annotated[int, Field(ge=1, le=100)]] = Field(min_length=1, description="edge-only baselines; 100 = lossless")
 
-    @field_validator("keep", "code_channels", "strides", "bits", "webp_qualities")
+    @field_validator("keep", "code_channels", "strides", "bits", "rate_weights", "webp_qualities")
     @classmethod
     def _distinct(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) != len(values):
@@ -119,6 +132,7 @@ class Params(Section):
     data: Data
     backbone: Backbone
     pretrain: Pretrain
+    codec: Codec = Codec()
     devices: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], Device] = Field(min_length=1)
     search: Search
     objective: Objective

@@ -38,12 +38,13 @@ History = list[dict[str, float]]
 class Classifier(LightningModule):
     """`network` (B, 3, S, S) -> logits (B, classes), trained on cross-entropy by one-cycle SGD with Nesterov momentum .9.
 
-    Weight decay acts on matrices and filters only, not on biases and batch norms.
+    Weight decay acts on matrices and filters only, not on biases and batch norms. `frozen` parts of the network keep their weights and, being in eval
+    mode, their batch-norm statistics.
     """
 
-    def __init__(self, network: nn.Module, settings: Training, label_smoothing: float) -> None:
+    def __init__(self, network: nn.Module, settings: Training, label_smoothing: float, frozen: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.network, self.settings, self.label_smoothing = network, settings, label_smoothing
+        self.network, self.settings, self.label_smoothing, self.frozen = network, settings, label_smoothing, tuple(frozen)
         self._losses: list[Tensor] = []
         self._correct = self._seen = 0
 
@@ -54,6 +55,10 @@ class Classifier(LightningModule):
         loss = self.loss(*batch)
         self._losses.append(loss.detach())
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        for part in self.frozen:
+            part.eval()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -174,13 +179,14 @@ def fit(
     threads: int,
     precision: Precision,
     log: Callable[[dict[str, float]], None],
+    callbacks: Sequence[Callback] = (),
 ) -> History:
     """Train `module.network` in place for `epochs` and return a row {epoch, loss, accuracy_validation} for each.
 
     The network ends with the averaged weights of the last step, not those of the best epoch: one-cycle ends at its best, and choosing an epoch
     by validation accuracy would make that figure flatter. After each epoch a checkpoint is left in `checkpoint_dir`, from which the next
     call goes on bit for bit; once trained, the weights lie there as safetensors, and a further call only loads them, until `forget`.
-    `log` gets each row, those of epochs before an interruption included. `name` is what the user sees.
+    `log` gets each row, those of epochs before an interruption included; `callbacks` are Lightning's. `name` is what the user sees.
 
     Raises:
         Interrupted: Ctrl-C; the message says what is kept.
@@ -200,13 +206,13 @@ def fit(
     averaging = [_Averaging(module.settings.ema_decay)] if module.settings.ema_decay else []
     module.train().to(memory_format=torch.channels_last)
     try:
-        with _quiet(), watch.bar:
+        with _quiet(), _without_gradients(module.frozen), watch.bar:
             trainer = Trainer(
                 accelerator="cpu",
                 devices=1,
                 precision="bf16-mixed" if computes_bf16(module.network, precision) else "32-true",
                 max_epochs=epochs,
-                callbacks=[*averaging, watch],
+                callbacks=[*averaging, *callbacks, watch],
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -263,6 +269,18 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _without_gradients(parts: Iterable[nn.Module]) -> Iterator[None]:
+    wanted = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+    try:
+        for parameter, _ in wanted:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter, flag in wanted:
+            parameter.requires_grad = flag
 
 
 def computes_bf16(network: nn.Module, precision: Precision) -> bool:

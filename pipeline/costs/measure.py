@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.backbones import build_backbone
-from models.codec import FeatureCodec
+from models.codec import CodecSpec, UniformCodec
 from models.cutting import CutPoint, count_macs, cut_points, segment_modules
 from models.pruning import prune_head
 from pipeline.costs.device_profile import BackboneProfile, Block, CoderTimes, DeviceProfile, Point, Spread, backbone_key, shape_key
@@ -296,8 +296,7 @@ def _codecs(source: str, feature: Tensor, plan: MeasurePlan) -> dict[str, _Part]
     shape = tuple(feature.shape[1:])
     for size in itertools.product(plan.code_channels, plan.strides):
         try:
-            codec = FeatureCodec(shape[0], *size, CODER_BITS, (shape[1], shape[2])).eval()
-            codec.code_shape(shape)
+            codec = UniformCodec(CodecSpec("uniform", *size, CODER_BITS), shape).eval()
         except ModelError:
             continue
         encoder, decoder = nn.Sequential(codec.encode, codec.quantise), nn.Sequential(codec.dequantise, codec.decode)

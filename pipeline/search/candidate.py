@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ OUTPUT = "output"
 LOSSLESS = 100
 
 Kind = Literal["split", "edge-only", "device-only"]
+CODECS = ("uniform", "codebook", "rate")  # those with integer symbols that a frame can carry
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Candidate:
 
     `cut` names a `CutPoint`; `input` sends the image itself as WebP at `quality` (100 = lossless), `output` sends nothing.
     `keep` pairs device blocks with the kept fraction of their prunable channels; a block kept whole is left out, so equal candidates compare equal.
+    `codec` is one of `CODECS`, of a split that names none the first; `rate_weight`, the loss per coded bit it is trained with, belongs to `rate` alone.
 
     Raises:
         ParamsError: a combination that cannot run, named.
@@ -33,6 +36,8 @@ class Candidate:
     stride: int | None = None
     bits: int | None = None
     quality: int | None = None
+    codec: str | None = None
+    rate_weight: float | None = None
 
     def __post_init__(self) -> None:
         coded = (self.code_channels, self.stride, self.bits)
@@ -48,8 +53,13 @@ class Candidate:
                 raise ParamsError(f"candidate at cut {self.cut}: stride is {self.stride}; choose 1, 2, 4 or 8.")
             if self.code_channels < 1:
                 raise ParamsError(f"candidate at cut {self.cut}: code_channels is {self.code_channels}; choose 1 or more.")
-        elif any(value is not None for value in coded):
-            raise ParamsError(f"candidate at cut {self.cut}: only a split has code_channels, stride and bits.")
+            object.__setattr__(self, "codec", self.codec or CODECS[0])
+            if self.codec not in CODECS:
+                raise ParamsError(f"candidate at cut {self.cut}: codec is {self.codec}; choose one of {', '.join(CODECS)}.")
+            if (self.codec == "rate") != (self.rate_weight is not None and 0 <= self.rate_weight < math.inf):
+                raise ParamsError(f"candidate at cut {self.cut}: codec {self.codec} with rate_weight {self.rate_weight}; rate takes 0 or more, others none.")
+        elif any(value is not None for value in (*coded, self.codec, self.rate_weight)):
+            raise ParamsError(f"candidate at cut {self.cut}: only a split has code_channels, stride, bits and a codec.")
         if self.kind == "edge-only" and not (self.quality is not None and 1 <= self.quality <= LOSSLESS):
             raise ParamsError(f"candidate at cut input: quality is {self.quality}; choose 1 to 99, or 100 for lossless WebP.")
         if self.kind == "device-only" and self.quality is not None:
@@ -92,7 +102,8 @@ class Candidate:
         pruned = f" keep {sum(r for _, r in self.keep) / len(self.keep):.2f}" if self.keep else ""
         if self.kind == "device-only":
             return f"device-only{pruned}"
-        return f"{self.cut} {self.code_channels}ch /{self.stride} {self.bits}bit{pruned}"
+        codec = {"uniform": "", "rate": f" rate {self.rate_weight:g}"}.get(str(self.codec), f" {self.codec}")
+        return f"{self.cut} {self.code_channels}ch /{self.stride} {self.bits}bit{codec}{pruned}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.codec import FeatureCodec
-from models.coinference import CoInference, build_split
+from models.channel_plan import ChannelPlan, rebuild
+from models.codec import code_shape
+from models.coinference import CoInference
 from models.cutting import CutPoint, count_macs, split
-from models.channel_plan import ChannelPlan
-from models.pruning import prune_head
+from models.pruning import Pruner, Scores
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.energy import RASPBERRY_PI_4, energy_mj
 from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_frame_bytes
@@ -27,7 +27,9 @@ from pipeline.costs.link import Link, wire_bytes
 from pipeline.data import EVALUATION_BATCH, Split, normalise
 from pipeline.errors import ModelError
 from pipeline.inference import accuracy, outputs
-from pipeline.params import Search
+from pipeline.losses import feature_loss, logits_loss
+from pipeline.networks import layers_up_to, pruner, split_network
+from pipeline.params import Codec, Search
 from pipeline.runtime import coder
 from pipeline.runtime.device import encode_webp
 from pipeline.runtime.frame import OVERHEAD_BYTES
@@ -54,26 +56,6 @@ class Deployment:
     link: Link
 
 
-def layers_up_to(cuts: Sequence[CutPoint], cut: str) -> dict[str, tuple[str, ...]]:
-    """Block -> its layers, for the blocks on the device side of `cut`, in order: what `prune_head` takes."""
-    names = [point.name for point in cuts]
-    return {point.name: point.layers for point in cuts[1 : names.index(cut) + 1]}
-
-
-def prune(backbone: nn.Module, example: Tensor, cuts: Sequence[CutPoint], candidate: Candidate, channel_block: int) -> tuple[nn.Module, ChannelPlan]:
-    """The pruned device half of `candidate` and its plan; `example` is one image (1, 3, S, S). The backbone is left alone.
-
-    Raises:
-        ModelError: a block the half does not have, or a layer left without channels.
-    """
-    head, _ = split(backbone, example, candidate.cut)
-    return _prune(head, example, cuts, candidate, channel_block)
-
-
-def _prune(head: nn.Module, example: Tensor, cuts: Sequence[CutPoint], candidate: Candidate, channel_block: int) -> tuple[nn.Module, ChannelPlan]:
-    return prune_head(head, example, dict(candidate.keep), layers_up_to(cuts, candidate.cut), channel_block)
-
-
 class Evaluator:
     """Measures candidates of one backbone on one deployment; every trial starts from the trained backbone and a fresh codec (METHODS 5).
 
@@ -82,16 +64,25 @@ class Evaluator:
     """
 
     def __init__(
-        self, backbone: nn.Module, cuts: Sequence[CutPoint], train: Split, validation: Split, settings: Search, deployment: Deployment, seed: int
+        self,
+        backbone: nn.Module,
+        cuts: Sequence[CutPoint],
+        train: Split,
+        validation: Split,
+        settings: Search,
+        codec: Codec,
+        deployment: Deployment,
+        seed: int,
     ) -> None:
         self.backbone = backbone.eval().to(memory_format=torch.channels_last)
-        self.cuts, self.validation, self.settings, self.deployment = cuts, validation, settings, deployment
+        self.cuts, self.validation, self.settings, self.codec, self.deployment = cuts, validation, settings, codec, deployment
         chosen = np.random.default_rng(seed).permutation(len(train[1]))[: settings.train_images]
         self.images, self.labels = (tensor[torch.from_numpy(chosen)] for tensor in train)
         self.example = torch.zeros(1, 3, *validation[0].shape[2:])
         self._teacher_logits = outputs(self.backbone, self.images)
         self._features: dict[str, Tensor] = {}
         self._heads: dict[str, nn.Module] = {}
+        self._pruners: dict[str, tuple[Pruner, Scores]] = {}
         self._keep: dict[str, dict[str, tuple[float, ...]]] = {}
         self._whole_macs = count_macs(self.backbone, self.example)
         self.reference_accuracy = accuracy(self.backbone, validation)
@@ -104,42 +95,23 @@ class Evaluator:
             strides = [stride for stride in self.settings.strides if _codec_fits(point.shape, 1, stride)]
             if channels and strides:
                 codes[point.name] = (channels, strides)
-        return Space(codes, self.settings.bits, self.settings.webp_qualities, self.legal_keep)
+        return Space(codes, self.settings.bits, self.settings.webp_qualities, self.legal_keep, self.codec.kind, self.settings.rate_weights)
 
     def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
         """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""
         if cut not in self._keep:
-            layers = layers_up_to(self.cuts, cut)
             ratios = [ratio for ratio in sorted(self.settings.keep) if ratio < 1]
-            least = self._least_keep(cut, layers, ratios) if ratios else {}
-            self._keep[cut] = {block: (*(ratio for ratio in ratios if ratio >= least[block]), 1.0) for block in layers if block in least}
+            blocks = layers_up_to(self.cuts, cut)
+            least = {block: ratio for block in blocks if (ratio := self._least_keep(cut, block, ratios)) is not None}
+            self._keep[cut] = {block: (*(ratio for ratio in ratios if ratio >= least[block]), 1.0) for block in least}
         return self._keep[cut]
 
-    def _least_keep(self, cut: str, layers: Mapping[str, Sequence[str]], ratios: Sequence[float]) -> dict[str, float]:
-        """The smallest legal one of ascending `ratios` for each block that has channels of its own to lose."""
-
-        def kept(ratio: float, blocks: Iterable[str]) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-            return prune_head(self._head(cut), self.example, dict.fromkeys(blocks, ratio), layers, self.deployment.device.channel_block)[1].kept
-
-        def alone(block: str) -> float | None:
-            for ratio in ratios:
-                with suppress(ModelError):
-                    return ratio if kept(ratio, [block]) else None
-            return None
-
-        try:
-            together = kept(ratios[0], layers)
-        except ModelError:  # some block cannot lose so many: ask for each
-            return {block: least for block in layers if (least := alone(block)) is not None}
-        # Asking is slow, so ask once. Layers tied to an earlier block keep the same channels; a block in which all do is asked for by itself.
-        seen: set[tuple[int, ...]] = set()
-        found: dict[str, float] = {}
-        for block, names in layers.items():
-            narrowed = {together[name]["out"] for name in names if "out" in together.get(name, {})}
-            if narrowed - seen or (narrowed and alone(block) is not None):
-                found[block] = ratios[0]
-            seen |= narrowed
-        return found
+    def _least_keep(self, cut: str, block: str, ratios: Sequence[float]) -> float | None:
+        """The smallest legal one of ascending `ratios`, if the block has channels of its own to lose."""
+        for ratio in ratios:
+            with suppress(ModelError):
+                return ratio if self._plan(cut, {block: ratio}).kept else None
+        return None
 
     def _head(self, cut: str) -> nn.Module:
         """The device half of the backbone, sharing its weights."""
@@ -147,8 +119,15 @@ class Evaluator:
             self._heads[cut], _ = split(self.backbone, self.example, cut)
         return self._heads[cut]
 
-    def _prune(self, candidate: Candidate) -> tuple[nn.Module, ChannelPlan]:
-        return _prune(self._head(candidate.cut), self.example, self.cuts, candidate, self.deployment.device.channel_block)
+    def _plan(self, cut: str, keep: Mapping[str, float]) -> ChannelPlan:
+        if not keep:
+            return ChannelPlan()
+        if cut not in self._pruners:
+            head = self._head(cut)
+            chooser = pruner(head, self.example, self.cuts, cut, self.deployment.device.channel_block)
+            self._pruners[cut] = chooser, chooser.scores(head)
+        chooser, scores = self._pruners[cut]
+        return chooser.plan(keep, scores)
 
     def measure(self, candidate: Candidate, trial_seed: int) -> Measurement:
         """Accuracy, sizes and costs of `candidate`: a pure function of it and `trial_seed`.
@@ -174,18 +153,15 @@ class Evaluator:
         return self._measurement(costs, accuracy(self.backbone, (received, labels)), [len(file) for file in files], 0, 4 * images[0].numel())
 
     def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
-        network, _ = self._prune(candidate)
+        network = rebuild(self._head(candidate.cut), self._plan(candidate.cut, dict(candidate.keep)))
         if candidate.keep:
             self._train(network, None, trial_seed, pruned=True)
         costs = self._half_costs(candidate, self._block_macs(network, candidate.cut))
         return self._measurement(costs, accuracy(network, self.validation), [], _parameters(network), _memory_bytes(network, self.example))
 
     def _measure_split(self, candidate: Candidate, trial_seed: int) -> Measurement:
-        assert candidate.code_channels is not None
-        assert candidate.stride is not None
         assert candidate.bits is not None
-        _, plan = self._prune(candidate)
-        network = build_split(self.backbone, self.example, candidate.cut, candidate.code_channels, candidate.stride, candidate.bits, plan)
+        network = split_network(self.backbone, self.example, candidate, self._plan(candidate.cut, dict(candidate.keep)), commitment=self.codec.commitment)
         self._train(network, candidate.cut, trial_seed, pruned=bool(candidate.keep))
         network.eval()
         on_device, on_edge = network.device_half(), network.edge_half()
@@ -201,13 +177,12 @@ class Evaluator:
         tables = coder.build_tables(outputs(on_device, self.images[:SAMPLE_IMAGES]).numpy(), candidate.bits)
         payloads = [len(coder.encode(symbols, tables)) for symbols in coded]
 
-        point = next(point for point in self.cuts if point.name == candidate.cut)
-        feature, code = torch.zeros(1, *point.shape), torch.from_numpy(coded[0][None])
+        feature, code = torch.zeros(1, *network.codec.feature_shape), torch.from_numpy(coded[0][None])
         costs = self._half_costs(
             candidate,
             self._block_macs(network.head, candidate.cut),
-            encoder_macs=sum(count_macs(nn.Sequential(network.codec.encode, network.codec.quantise), feature).values()),
-            decoder_macs=sum(count_macs(nn.Sequential(network.codec.dequantise, network.codec.decode), code).values()),
+            encoder_macs=sum(count_macs(network.codec.encode, feature).values()),
+            decoder_macs=sum(count_macs(network.codec.decode, code.float()).values()),
             symbols=code.numel(),
         )
         return self._measurement(costs, right / len(labels), payloads, _parameters(on_device), _memory_bytes(on_device, self.example))
@@ -289,13 +264,13 @@ class Evaluator:
                 assert cut is not None
                 feature = self._teacher_feature(cut, chosen)
                 # A head that is not pruned stays as it is, so what it gives is known already: most of a step's time.
-                decoded = split_network.codec(feature if whole_head else split_network.head(normalise(self.images[chosen])))
+                decoded, loss = split_network.codec(feature if whole_head else split_network.head(normalise(self.images[chosen])))
                 logits = split_network.tail(decoded)
-                loss = FEATURE_WEIGHT * F.mse_loss(decoded, feature) / feature.square().mean().clamp_min(1e-6)
+                loss = loss + FEATURE_WEIGHT * feature_loss(decoded, feature)
             else:
                 logits = network(normalise(self.images[chosen]))
                 loss = torch.zeros(())
-            loss = loss + F.cross_entropy(logits, labels) + _distillation(logits, self._teacher_logits[chosen])
+            loss = loss + F.cross_entropy(logits, labels) + logits_loss(logits, self._teacher_logits[chosen], TEMPERATURE)
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
@@ -339,15 +314,10 @@ class Evaluator:
 
 def _codec_fits(shape: tuple[int, ...], code_channels: int, stride: int) -> bool:
     try:
-        FeatureCodec(shape[0], code_channels, stride, 1, (shape[1], shape[2]) if len(shape) == 3 else None).code_shape(shape)
+        code_shape(shape, code_channels, stride)
     except ModelError:
         return False
-    return True
-
-
-def _distillation(logits: Tensor, teacher: Tensor) -> Tensor:
-    student, wanted = (F.log_softmax(values / TEMPERATURE, dim=1) for values in (logits, teacher))
-    return TEMPERATURE**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+    return len(shape) == 3  # what pools to a vector on the device is classification there (METHODS 3)
 
 
 def _parameters(network: nn.Module) -> int:

@@ -35,14 +35,16 @@ Measure = Callable[[Candidate, int], Measurement]
 class Space:
     """The candidates that can run.
 
-    `codes` gives, for each cut a codec fits, the legal (code channels, strides). `keep(cut)` gives, for each device block of a cut
-    that has prunable channels, the legal kept fractions with 1.0 among them.
+    `codes` gives, for each cut a codec fits, the legal (code channels, strides); `rate_weights` are for codec `rate`. `keep(cut)` gives, for each
+    device block of a cut that has prunable channels, the legal kept fractions with 1.0 among them.
     """
 
     codes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
     bits: Sequence[int]
     qualities: Sequence[int]
     keep: Callable[[str], Mapping[str, Sequence[float]]]
+    codec: str = "uniform"
+    rate_weights: Sequence[float] = ()
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> Candidate:
         """Ask for one parameter after the other, only for those that the earlier ones leave open."""
@@ -53,7 +55,9 @@ class Space:
         if cut == OUTPUT:
             return Candidate(cut, keep)
         channels, strides = self.codes[cut]
-        return Candidate(cut, keep, _pick(trial, "code_channels", channels), _pick(trial, "stride", strides), _pick(trial, "bits", self.bits))
+        code = {name: _pick(trial, name, values) for name, values in (("code_channels", channels), ("stride", strides), ("bits", self.bits))}
+        rate = {"rate_weight": _pick(trial, "rate_weight", self.rate_weights)} if self.codec == "rate" else {}
+        return Candidate(cut, keep, codec=self.codec, **code, **rate)
 
     def baselines(self) -> list[dict[str, Any]]:
         """Parameters of the unpruned device-only candidate and of every WebP quality."""

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.backbones import build_backbone
-from models.coinference import CoInference, build_split
-from models.cutting import split
 from models.channel_plan import ChannelPlan, rebuild
+from models.coinference import CoInference
+from models.cutting import split
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted, ModelError
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
+from pipeline.networks import split_network
 from pipeline.onnx_export import OPSET, export_onnx
 from pipeline.params import Params
 from pipeline.parity import check_split, check_whole
@@ -64,14 +65,11 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
     files: dict[str, bytes] = {}
     parity: dict[str, dict[str, float]] = {}
     if candidate.kind == "split":
-        channels, stride, bits = candidate.code_channels, candidate.stride, candidate.bits
-        assert channels
-        assert stride
-        assert bits
-        network = build_split(backbone, example, candidate.cut, channels, stride, bits, plan)
+        assert candidate.bits
+        network = split_network(backbone, example, candidate, plan)
         _load(network, paths.split_weights)
         files = _halves(network, example)
-        tables = build_tables(_symbols(files[DEVICE], preprocessing), bits)
+        tables = build_tables(_symbols(files[DEVICE], preprocessing), candidate.bits)
         parity["split"] = check_split(network, files[DEVICE], files[EDGE], tables, preprocessing, validation)
     _load(backbone, paths.reference_weights)
     reference = files[DEVICE_ONLY] = export_onnx(backbone, example, input_name="image", output_name="logits")

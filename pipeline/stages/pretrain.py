@@ -55,7 +55,7 @@ def run(params: Params, tracker: Tracker) -> dict[str, float]:
         inputs += [hashlib.sha256(weights_bytes(teacher)).hexdigest() for teacher in teachers]
         folders = [checkpoint_folder("pretrain", "backbone", [*inputs, code])]
         history = fit(
-            _taught(network, teachers, settings) if teachers else Classifier(network, settings, settings.label_smoothing),
+            _lesson(network, teachers, settings),
             DataModule(train, validation, settings, params.run.seed),
             name="pretrain",
             epochs=settings.epochs,
@@ -74,13 +74,7 @@ def run(params: Params, tracker: Tracker) -> dict[str, float]:
     return metrics
 
 
-def _taught(network: nn.Module, teachers: list[nn.Module], settings: Pretrain) -> Distiller:
-    return Distiller(
-        network,
-        (nn.Identity(), Ensemble(teachers)),
-        settings,
-        distill_logits=settings.distill_logits,
-        distill_feature=0.0,
-        temperature=settings.temperature,
-        label_smoothing=settings.label_smoothing,
-    )
+def _lesson(network: nn.Module, teachers: list[nn.Module], settings: Pretrain) -> Classifier:
+    if not teachers:
+        return Classifier(network, settings, settings.label_smoothing)
+    return Distiller(network, (Ensemble(teachers),), settings, settings.label_smoothing)

@@ -35,6 +35,8 @@ CODE = (
     "pipeline/costs/*.py",
     "pipeline/data.py",
     "pipeline/inference.py",
+    "pipeline/losses.py",
+    "pipeline/networks.py",
     "pipeline/runtime/*.py",
     "pipeline/search/*.py",
     "pipeline/stages/search.py",
@@ -104,7 +106,7 @@ def _evaluator(params: Params, device: str) -> Evaluator:
     backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
     profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
     deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, Link(target.link.rate_mbps, target.link.rtt_ms))
-    return Evaluator(backbone, cuts, load_split("train"), load_split("validation"), params.search, deployment, params.run.seed)
+    return Evaluator(backbone, cuts, load_split("train"), load_split("validation"), params.search, params.codec, deployment, params.run.seed)
 
 
 def _study_key(params: Params, device: str) -> str:
@@ -116,6 +118,7 @@ def _study_key(params: Params, device: str) -> str:
         "backbone": params.backbone.name,
         "device": [device, params.device(device).memory_mb, params.device(device).link.model_dump()],
         "search": params.search.model_dump(exclude={"trials"}),
+        "codec": params.codec.model_dump(),
         "max_accuracy_drop": params.objective.max_accuracy_drop,
         "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
         "code": fingerprint(CODE, params.backbone.name),

@@ -170,8 +170,8 @@ def test_l2_prefers_one_large_weight_and_l1_many_small_ones() -> None:
         head[0].weight[1, 0, 0, 0] = 2.0  # l1 2, l2 2
         nn.init.ones_(head[1].weight)
     pruner = Pruner(head, torch.randn(1, 3, 4, 4), {"block": ("0", "1")})
-    assert pruner.plan(head, {"block": 0.5}, "l1").kept["0"]["out"] == (0,)
-    assert pruner.plan(head, {"block": 0.5}, "l2").kept["0"]["out"] == (1,)
+    assert pruner.plan({"block": 0.5}, pruner.scores(head, "l1")).kept["0"]["out"] == (0,)
+    assert pruner.plan({"block": 0.5}, pruner.scores(head, "l2")).kept["0"]["out"] == (1,)
 
 
 def test_taylor_keeps_what_the_loss_leans_on_and_wants_gradients() -> None:
@@ -183,11 +183,11 @@ def test_taylor_keeps_what_the_loss_leans_on_and_wants_gradients() -> None:
         head[3].weight[:, 2] = 0  # large filters that nothing reads
     image = torch.randn(8, 3, 6, 6)
     pruner = Pruner(head, image, {"block": ("0", "1", "3")})
-    assert 2 in pruner.plan(head, {"block": 0.75}, "l1").kept["0"]["out"]
+    assert 2 in pruner.plan({"block": 0.75}, pruner.scores(head, "l1")).kept["0"]["out"]
     with pytest.raises(ModelError, match="taylor importance needs a gradient of layer 0"):
-        pruner.plan(head, {"block": 0.75}, "taylor")
+        pruner.plan({"block": 0.75}, pruner.scores(head, "taylor"))
     head(image).square().mean().backward()
-    assert pruner.plan(head, {"block": 0.75}, "taylor").kept["0"]["out"] == (0, 1, 3)
+    assert pruner.plan({"block": 0.75}, pruner.scores(head, "taylor")).kept["0"]["out"] == (0, 1, 3)
 
 
 def test_a_plan_follows_the_weights_as_they_are_now() -> None:
@@ -197,7 +197,7 @@ def test_a_plan_follows_the_weights_as_they_are_now() -> None:
         for channel, name in ((3, "conv1"), (9, "conv1")):
             head.get_submodule(f"layer1.0.{name}").weight[channel] = 0
             head.get_submodule("layer1.0.conv2").weight[:, channel] = 0
-    assert set(range(16)) - set(pruner.plan(head, {"layer1.0": 14 / 16}).kept["layer1.0.conv1"]["out"]) == {3, 9}
+    assert set(range(16)) - set(pruner.plan({"layer1.0": 14 / 16}, pruner.scores(head)).kept["layer1.0.conv1"]["out"]) == {3, 9}
 
 
 @pytest.mark.parametrize(("name", "cut"), [("shufflenet_v2_x0_5", "stage2.0"), ("swin_t", "features.1.0")])

@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from models.codec import CodecSpec, RateCodec
+from models.coinference import CoInference, build_split
+from models.cutting import split
+from pipeline.data import normalise
 from pipeline.distilling import Distiller, Ensemble
 from pipeline.errors import CoinferError, Interrupted, ParamsError
 from pipeline.inference import accuracy, predict_logits
+from pipeline.losses import feature_loss
 from pipeline.params import Finetune, Precision
 from pipeline.training import Classifier, DataModule, computes_bf16, fit, weights_bytes
 
@@ -183,11 +188,61 @@ def test_distilling_moves_a_student_to_its_teacher_and_leaves_the_teacher_alone(
     before = weights_bytes(teacher)
     images, _ = coloured(30)
     far = (predict_logits(student, images) - predict_logits(teacher, images)).abs().mean()
-    distiller = Distiller(student, (teacher, nn.Identity()), settings(epochs=8), distill_logits=20.0, distill_feature=0.0, temperature=2.0, label_smoothing=0.0)
+    distiller = Distiller(student, (teacher,), settings(epochs=8, distill_logits=20.0), 0.0)
     assert not any("teacher" in name for name in distiller.state_dict())
     train(distiller, epochs=8)
     assert weights_bytes(teacher) == before
     assert (predict_logits(student, images) - predict_logits(teacher, images)).abs().mean() < far
+
+
+def test_frozen_parts_keep_weights_and_statistics_and_can_train_again(tmp_path: Path) -> None:
+    module = classifier()
+    module.frozen = (module.network.body,)
+    body, head = weights_bytes(module.network.body), weights_bytes(module.network.fc)
+    train(module, tmp_path)
+    assert weights_bytes(module.network.body) == body
+    assert weights_bytes(module.network.fc) != head
+    assert all(parameter.requires_grad for parameter in module.network.parameters())
+
+
+def test_an_interrupted_frozen_phase_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def half_frozen() -> Classifier:
+        module = classifier()
+        module.frozen = (module.network.body,)
+        return module
+
+    whole, resumed = half_frozen(), half_frozen()
+    train(whole)
+    with pytest.raises(RuntimeError):
+        train(half_frozen(), tmp_path, interrupt_at(2, RuntimeError("power cut")))
+    train(resumed, tmp_path)
+    assert weights_bytes(resumed.network) == weights_bytes(whole.network)
+
+
+def test_a_split_learns_the_teachers_feature_and_to_spend_fewer_bits(tiny_backbone: nn.Module) -> None:
+    images, labels = coloured(96)
+    images = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    example = torch.zeros(1, 3, 16, 16)
+    spent = []
+    for rate_weight in (0.0, 0.01):
+        torch.manual_seed(0)
+        network = build_split(tiny_backbone, example, "block1", CodecSpec("rate", 4, 2, 4, rate_weight)).train()
+        data = DataModule((images, labels), (images[:30], labels[:30]), settings(), 3)
+        wanted = split(tiny_backbone, example, "block1")[0](normalise(images))
+
+        def unlike(network: CoInference = network, wanted: torch.Tensor = wanted) -> float:
+            with torch.no_grad():
+                return float(feature_loss(network.eval().run(normalise(images)).decoded, wanted))
+
+        before = unlike()
+        lesson = Distiller(network.train(), split(tiny_backbone, example, "block1"), settings(distill_feature=1.0), 0.0)
+        fit(lesson, data, name="split", epochs=4, checkpoint_dir=None, threads=1, precision="fp32", log=lambda row: None)
+        assert unlike() < 0.7 * before
+        codec = network.codec
+        assert isinstance(codec, RateCodec)
+        with torch.no_grad():
+            spent.append(float(codec.bits_of(network.device_half()(normalise(images))).sum()) / len(images))
+    assert spent[1] < 0.8 * spent[0]
 
 
 def test_an_ensemble_answers_with_the_mean_of_its_networks() -> None:

@@ -12,11 +12,13 @@ splits = st.builds(
     code_channels=st.integers(1, 64),
     stride=st.sampled_from([1, 2, 4, 8]),
     bits=st.integers(1, 8),
+    codec=st.sampled_from([None, "uniform", "codebook"]),
 )
+rates = st.builds(Candidate, st.just("layer1.0"), st.just(()), st.just(4), st.just(1), st.just(2), codec=st.just("rate"), rate_weight=st.floats(0, 1))
 others = st.one_of(st.builds(Candidate, cut=st.just("input"), quality=st.integers(1, 100)), st.just(Candidate("output", (("a", 0.5),))))
 
 
-@given(st.one_of(splits, others))
+@given(st.one_of(splits, rates, others))
 def test_a_candidate_survives_json(candidate):
     assert Candidate.from_dict(candidate.to_dict()) == candidate
     assert hash(Candidate.from_dict(candidate.to_dict())) == hash(candidate)
@@ -37,6 +39,10 @@ def test_keeping_a_block_whole_is_not_naming_it():
         ({"cut": "layer1", "code_channels": 2}, "needs code_channels, stride and bits"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "keep": {"a": 0}}, "keep ratio of a is 0"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "keep": [["a", 0.5, 1]]}, "candidate"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "codec": "morse"}, "codec is morse; choose one of uniform, codebook, rate"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "codec": "rate"}, "codec rate with rate_weight None; rate takes 0 or more, others none"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "rate_weight": 0.1}, "codec uniform with rate_weight 0.1"),
+        ({"cut": "output", "codec": "uniform"}, "only a split has"),
         ({"cut": "input"}, "quality is None"),
         ({"cut": "input", "quality": 0}, "quality is 0"),
         ({"cut": "input", "quality": 50, "keep": {"a": 0.5}}, "no device half"),
@@ -54,3 +60,5 @@ def test_labels_are_short():
     assert Candidate("output").label() == "device-only"
     assert Candidate("input", quality=100).label() == "WebP lossless"
     assert Candidate("layer2.0", (("a", 0.5),), 4, 2, 3).label() == "layer2.0 4ch /2 3bit keep 0.50"
+    assert Candidate("layer2.0", (), 4, 2, 3, codec="rate", rate_weight=1e-3).label() == "layer2.0 4ch /2 3bit rate 0.001"
+    assert Candidate("layer2.0", (), 4, 2, 3, codec="codebook").label() == "layer2.0 4ch /2 3bit codebook"

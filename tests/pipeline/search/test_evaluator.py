@@ -5,14 +5,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.coinference import build_split
-from models.cutting import count_macs, cut_points
+from models.cutting import count_macs, cut_points, split
+from models.pruning import prune_head
 from pipeline.data import normalise
 from pipeline.errors import ModelError
+from pipeline.networks import layers_up_to, split_network
+from pipeline.params import Codec
 from pipeline.runtime.device import encode_webp
 from pipeline.runtime.frame import OVERHEAD_BYTES
 from pipeline.search.candidate import Candidate
-from pipeline.search.evaluator import Evaluator, prune
+from pipeline.search.evaluator import Evaluator
 from tests.pipeline.search.toy import deployment, pictures
 from tests.tiny import tiny_backbone
 
@@ -37,9 +39,9 @@ def trained():
 def make(trained, digits_params):
     cuts = cut_points(trained, EXAMPLE)
 
-    def build(**settings):
+    def build(codec=None, **settings):
         search = digits_params.search.model_copy(update={"codec_steps": 12, "train_images": 128, "batch_size": 32} | settings)
-        return Evaluator(trained, cuts, pictures(200, 0), pictures(60, 1), search, deployment(cuts), seed=0)
+        return Evaluator(trained, cuts, pictures(200, 0), pictures(60, 1), search, codec or Codec(), deployment(cuts), seed=0)
 
     return build
 
@@ -109,8 +111,19 @@ def test_pruning_makes_the_device_half_smaller_and_faster(make):
 
 def test_the_macs_of_a_pruned_half_are_those_of_its_layers(make, trained):
     evaluator = make()
-    network = build_split(trained, EXAMPLE, "block1", 4, 2, 3, prune(trained, EXAMPLE, evaluator.cuts, SPLIT, 1)[1])
+    head, _ = split(trained, EXAMPLE, "block1")
+    plan = prune_head(head, EXAMPLE, dict(SPLIT.keep), layers_up_to(evaluator.cuts, "block1"), cut_channels=True)[1]
+    network = split_network(trained, EXAMPLE, SPLIT, plan)
     assert evaluator.measure(SPLIT, 1).device_macs == sum(count_macs(network.device_half().eval(), EXAMPLE).values())
+
+
+@pytest.mark.parametrize("codec", ["codebook", "rate"])
+def test_every_codec_is_measured_like_the_first(make, codec):
+    evaluator = make(codec=Codec(kind=codec), rate_weights=[0.0, 0.01])
+    assert evaluator.space().codec == codec
+    rates = [0.0, 0.01] if codec == "rate" else [None]
+    bits = [evaluator.measure(replace(SPLIT, codec=codec, rate_weight=rate), 1).payload_bits for rate in rates]
+    assert 0 < bits[-1] <= bits[0] <= 4 * 8 * 8 * 3 + 8
 
 
 def test_edge_only_sends_webp(make):
@@ -126,7 +139,7 @@ def test_edge_only_sends_webp(make):
 def test_only_what_can_run_is_offered(make):
     space = make(keep=[0.05, 0.5], code_channels=[2, 12, 64], strides=[1, 4, 8]).space()
     assert space.codes == {"stem.2": ([2], [1, 4, 8]), "block1": ([2], [1, 4, 8]), "down.2": ([2, 12], [1, 4]), "block2": ([2, 12], [1, 4])}
-    assert space.keep("stem.2") == {}, "the channels at the cut are never pruned"
+    assert space.keep("stem.2") == {"stem.2": (0.5, 1.0)}, "a codec follows, so the cut's own channels may go"
     assert space.keep("block1") == {"block1": (0.5, 1.0)}, "0.05 of 8 channels is none"
     assert space.keep("output")["block2"] == (0.05, 0.5, 1.0)
 

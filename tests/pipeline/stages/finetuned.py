@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from models.backbones import build_backbone
-from models.coinference import build_split
+from models.channel_plan import ChannelPlan
 from models.cutting import cut_points, split
-from models.pruning import ChannelPlan, prune_head
+from models.pruning import prune_head
+from pipeline.networks import split_network
 from pipeline.params import Params
 from pipeline.paths import DATA, DATA_CARD, DevicePaths, split_file
 from pipeline.search.candidate import Candidate
@@ -45,10 +46,7 @@ def write_finetuned(params: Params, candidate: Candidate) -> DevicePaths:
         layers = {cut.name: cut.layers for cut in cut_points(reference, example)}
         network, plan = prune_head(split(reference, example, candidate.cut)[0], example, dict(candidate.keep), layers)
     if candidate.kind == "split":
-        assert candidate.code_channels
-        assert candidate.stride
-        assert candidate.bits
-        network = build_split(reference, example, candidate.cut, candidate.code_channels, candidate.stride, candidate.bits, plan)
+        network = split_network(reference, example, candidate, plan)
     save_file(network.state_dict(), paths.split_weights)
     save_file(reference.state_dict(), paths.reference_weights)
     paths.split_spec.write_text(json.dumps({"candidate": candidate.to_dict(), "plan": plan.to_dict(), "reference": "pretrained"}))

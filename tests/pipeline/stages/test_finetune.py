@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.coinference import CoInference, build_split
+from models.channel_plan import ChannelPlan, rebuild
+from models.coinference import CoInference
 from models.cutting import cut_points, split
-from models.pruning import ChannelPlan, rebuild
 from pipeline.costs.device_profile import CoderTimes, DeviceProfile
 from pipeline.data import load_split
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_write_json
 from pipeline.inference import accuracy
+from pipeline.networks import split_network
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, CHECKPOINTS, DevicePaths
 from pipeline.search.candidate import Candidate
@@ -62,7 +63,7 @@ def test_a_split_is_rebuilt_from_what_is_written(pretrained: Params, tracker: An
     assert len(plan.kept["block1.conv1"]["out"]) == 4
 
     backbone = tiny_backbone(10, 16).eval()
-    network = build_split(backbone, torch.zeros(1, 3, 16, 16), SPLIT.cut, 4, 2, 2, plan)
+    network = split_network(backbone, torch.zeros(1, 3, 16, 16), SPLIT, plan)
     network.load_state_dict(load_file(PATHS.split_weights))
     validation = load_split("validation")
     assert accuracy(network, validation) == metrics["accuracy_validation_split"] > 0.5
@@ -72,6 +73,23 @@ def test_a_split_is_rebuilt_from_what_is_written(pretrained: Params, tracker: An
     rows = [line.split(",")[:2] for line in PATHS.finetune_curves.read_text().splitlines()]
     assert rows == [["training", "epoch"], *([name, str(epoch)] for name in ("split", "reference") for epoch in range(1, 9))]
     assert logged(tracker, "split_loss") == logged(tracker, "reference_loss") == list(range(1, 9))
+    assert not list(CHECKPOINTS.rglob("*.*"))
+
+
+def test_a_split_can_be_made_in_three_trainings_that_each_start_where_the_last_ended(pretrained: Params, tracker: Any) -> None:
+    choose(SPLIT)
+    longer = {"epochs": 2, "prune_epochs": 3, "prune_rounds": 2, "codec_epochs": 2}
+    params = pretrained.model_copy(update={"finetune": pretrained.finetune.model_copy(update=longer)})
+    metrics = finetune.run(params, "camera", tracker)
+    rows = [line.split(",") for line in PATHS.finetune_curves.read_text().splitlines()[1:]]
+    assert [row[:2] for row in rows] == [
+        *(["prune", str(epoch)] for epoch in (1, 2, 3)),
+        *(["codec", str(epoch)] for epoch in (1, 2)),
+        *(["split", str(epoch)] for epoch in (1, 2)),
+        *(["reference", str(epoch)] for epoch in (1, 2, 3, 4, 5)),
+    ]
+    assert float(rows[5][2]) < float(rows[3][2]), "what the codec learned is not lost"
+    assert metrics["accuracy_validation_split"] > 0.5
     assert not list(CHECKPOINTS.rglob("*.*"))
 
 
@@ -90,7 +108,7 @@ def test_an_interrupt_in_the_second_training_keeps_the_first(pretrained: Params,
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Classifier, "training_step", interrupted)
-    with pytest.raises(Interrupted, match=r"finetune camera, reference was interrupted .* The training of the split is finished and kept\.$"):
+    with pytest.raises(Interrupted, match=r"finetune camera, reference was interrupted .* What came before it \(split\) is finished and kept\.$"):
         finetune.run(pretrained, "camera", tracker)
     assert [path.name for path in CHECKPOINTS.rglob("*.*")] == ["finished.safetensors"]
 

@@ -1,0 +1,79 @@
+"""The trainings of a stage, one after the other, each taught by the same teacher."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+from torch import nn
+
+from pipeline.data import load_split
+from pipeline.distilling import Distiller
+from pipeline.errors import Interrupted
+from pipeline.fingerprint import TRAINING_CODE, fingerprint
+from pipeline.params import Params, Section
+from pipeline.paths import BACKBONE_WEIGHTS
+from pipeline.training import DataModule, checkpoint_folder, fit
+
+if TYPE_CHECKING:
+    from pipeline.tracking import Tracker
+
+
+class Course:
+    """The trainings of one stage: each kept when finished, so that an interrupted stage goes on where it was, and all logged."""
+
+    def __init__(self, params: Params, device: str, tracker: Tracker, teacher: nn.Module, inputs: list[Any]) -> None:
+        self.params, self.device, self.tracker, self.teacher = params, device, tracker, teacher
+        code = fingerprint(
+            [*TRAINING_CODE, "pipeline/course.py", "pipeline/losses.py", "pipeline/soft_pruning.py", "pipeline/stages/finetune.py"], params.backbone.name
+        )
+        sections = [params.run, params.codec, params.finetune, params.pretrain.label_smoothing, params.backbone.name]
+        plain = [section.model_dump() if isinstance(section, Section) else section for section in sections]
+        self.inputs = [*plain, *inputs, hashlib.sha256(BACKBONE_WEIGHTS.read_bytes()).hexdigest(), code]
+        self.data = load_split("train"), load_split("validation")
+        self.folders: list[Path] = []
+        self.curves: list[dict[str, Any]] = []
+
+    def run(
+        self,
+        name: str,
+        network: nn.Module,
+        *,
+        epochs: int,
+        cut: tuple[nn.Module, nn.Module] | None = None,
+        learning_rate: float | None = None,
+        frozen: Sequence[nn.Module] = (),
+        callbacks: Sequence[Callback] = (),
+        further: Any = None,
+    ) -> nn.Module:
+        """Train `network` in place, taught by the teacher's logits and, given its halves as `cut`, its feature there; return it."""
+        settings = self.params.finetune.model_copy(update={"learning_rate": learning_rate} if learning_rate else {})
+        folder = checkpoint_folder(f"finetune-{self.device}", name, [*self.inputs, further])
+
+        def log(row: dict[str, float]) -> None:
+            self.curves.append({"training": name, **row})
+            self.tracker.log_metrics({f"{name}_{key}": row[key] for key in ("loss", "accuracy_validation")}, step=int(row["epoch"]))
+
+        teacher = cut or (copy.deepcopy(self.teacher),)
+        lesson = Distiller(network, teacher, settings, self.params.pretrain.label_smoothing, frozen)
+        try:
+            fit(
+                lesson,
+                DataModule(*self.data, settings, self.params.run.seed),
+                name=f"finetune {self.device}, {name}",
+                epochs=epochs,
+                checkpoint_dir=folder,
+                threads=self.params.run.threads,
+                precision=settings.precision,
+                log=log,
+                callbacks=callbacks,
+            )
+        except Interrupted as error:
+            kept = f" What came before it ({', '.join(done.name.rpartition('-')[0] for done in self.folders)}) is finished and kept." if self.folders else ""
+            raise Interrupted(f"{error}{kept}") from None
+        self.folders.append(folder)
+        return network

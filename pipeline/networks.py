@@ -1,0 +1,47 @@
+"""The network that a candidate describes, on a backbone's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from models.channel_plan import ChannelPlan
+from models.codec import CodecSpec
+from models.coinference import CoInference, build_split
+from models.cutting import CutPoint
+from models.pruning import Pruner
+from pipeline.search.candidate import OUTPUT, Candidate
+
+
+def layers_up_to(cuts: Sequence[CutPoint], cut: str) -> dict[str, tuple[str, ...]]:
+    """Block -> its layers, for the blocks on the device side of `cut`, in order: what a `Pruner` takes."""
+    names = [point.name for point in cuts]
+    return {point.name: point.layers for point in cuts[1 : names.index(cut) + 1]}
+
+
+def pruner(head: nn.Module, example: Tensor, cuts: Sequence[CutPoint], cut: str, channel_block: int) -> Pruner:
+    """What chooses the channels of `head`, the device half up to `cut`. The cut's own may go too, unless they are logits: a codec follows.
+
+    Raises:
+        ModelError: Torch-Pruning cannot follow the half.
+    """
+    return Pruner(head, example, layers_up_to(cuts, cut), channel_block, cut_channels=cut != OUTPUT)
+
+
+def codec_spec(candidate: Candidate, commitment: float = 0.0) -> CodecSpec:
+    """The codec of a split `candidate`; `commitment` only matters while it is trained."""
+    assert candidate.codec is not None
+    assert candidate.code_channels is not None
+    assert candidate.stride is not None
+    assert candidate.bits is not None
+    return CodecSpec(candidate.codec, candidate.code_channels, candidate.stride, candidate.bits, candidate.rate_weight or 0.0, commitment)
+
+
+def split_network(backbone: nn.Module, example: Tensor, candidate: Candidate, plan: ChannelPlan | None = None, commitment: float = 0.0) -> CoInference:
+    """`backbone` cut, pruned by `plan` and with a fresh codec, as a split `candidate` says; see `build_split` and `codec_spec`.
+
+    Raises:
+        ModelError: an unknown cut, a plan of another network, or a codec that does not fit the feature at the cut.
+    """
+    return build_split(backbone, example, candidate.cut, codec_spec(candidate, commitment), plan)
