@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from models.channel_plan import CONVOLUTIONS, NORMS, ChannelPlan, depthwise, rebuild, width
 from pipeline.errors import ModelError
@@ -179,7 +180,8 @@ def _free_groups(head: nn.Module, example: Tensor, cut_channels: bool) -> tuple[
         feature = head.eval()(example)
         if _regroups(feature):
             raise ModelError("this device half cannot be pruned: it shuffles channels or attends in windows, which Torch-Pruning cannot follow; keep it whole.")
-        anchor = nn.Conv2d(feature.shape[1], 1, 1) if feature.ndim == 4 else nn.Linear(feature.shape[-1], 1)
+        # not initialised: no random number may be drawn by a choice of channels
+        anchor = skip_init(nn.Conv2d, feature.shape[1], 1, 1) if feature.ndim == 4 else skip_init(nn.Linear, feature.shape[-1], 1)
         try:
             graph = tp.DependencyGraph().build_dependency(Anchored(anchor), example_inputs=[example], verbose=False)
             groups = list(graph.get_all_groups(ignored_layers=[anchor]))

@@ -26,8 +26,8 @@ SECTIONS = {
     "prepare": ("data",),
     "pretrain": ("run", "data", "backbone", "pretrain"),
     "profile": ("run", "data", "backbone"),
-    "search": ("run", "data", "backbone", "search", "objective"),
-    "finetune": ("run", "data", "backbone", "pretrain", "finetune"),
+    "search": ("run", "data", "backbone", "codec", "search", "objective"),
+    "finetune": ("run", "data", "backbone", "pretrain", "codec", "finetune"),
     "export": ("run", "data", "backbone"),
     "evaluate": ("evaluate",),
 }

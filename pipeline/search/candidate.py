@@ -102,7 +102,7 @@ class Candidate:
         pruned = f" keep {sum(r for _, r in self.keep) / len(self.keep):.2f}" if self.keep else ""
         if self.kind == "device-only":
             return f"device-only{pruned}"
-        codec = {"uniform": "", "rate": f" rate {self.rate_weight:g}"}.get(str(self.codec), f" {self.codec}")
+        codec = f" {self.codec}" * (self.codec != CODECS[0]) + (f" {self.rate_weight:g}" if self.rate_weight is not None else "")
         return f"{self.cut} {self.code_channels}ch /{self.stride} {self.bits}bit{codec}{pruned}"
 
 

@@ -140,7 +140,8 @@ def test_only_what_can_run_is_offered(make):
     space = make(keep=[0.05, 0.5], code_channels=[2, 12, 64], strides=[1, 4, 8]).space()
     assert space.codes == {"stem.2": ([2], [1, 4, 8]), "block1": ([2], [1, 4, 8]), "down.2": ([2, 12], [1, 4]), "block2": ([2, 12], [1, 4])}
     assert space.keep("stem.2") == {"stem.2": (0.5, 1.0)}, "a codec follows, so the cut's own channels may go"
-    assert space.keep("block1") == {"block1": (0.5, 1.0)}, "0.05 of 8 channels is none"
+    assert space.keep("block1") == {"stem.2": (0.5, 1.0), "block1": (0.5, 1.0)}, "0.05 of 8 channels is none"
+    assert set(space.keep("output")) == {"stem.2", "block1", "down.2", "block2"}
     assert space.keep("output")["block2"] == (0.05, 0.5, 1.0)
 
 
