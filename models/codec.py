@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.channels import SYMBOL_BITS, awgn, binary_erasure, binary_symmetric, check_noise, draw_noise
 from pipeline.errors import ModelError
 
 COUNTING_MOMENTUM = 0.05  # a batch holds thousands of symbols a channel
@@ -87,7 +86,7 @@ class CodecSpec:
     """Which codec, how large, and how it is trained.
 
     Args:
-        kind: a key of `CODECS`.
+        kind: a key of `models.codecs.CODECS`.
         code_channels: channels h of the code.
         stride: of the encoder, 1 for a vector.
         bits: of a symbol, 1 to 8; the jscc kinds take 8 or analogue ones, whatever this says.
@@ -96,7 +95,7 @@ class CodecSpec:
         noise: least and largest noise level of the channel (jscc kinds): sigma, or the probability to lose or flip a bit.
 
     Raises:
-        ModelError: an unknown kind or a value out of range.
+        ModelError: a value out of range.
     """
 
     kind: str
@@ -108,15 +107,11 @@ class CodecSpec:
     noise: tuple[float, float] = (0.05, 0.3)
 
     def __post_init__(self) -> None:
-        if self.kind not in CODECS:
-            raise ModelError(f"codec: kind is {self.kind}; choose one of {', '.join(CODECS)}.")
         if not 1 <= self.bits <= 8:
             raise ModelError(f"codec: bits is {self.bits}; choose 1 to 8.")
         for name, value in (("rate_weight", self.rate_weight), ("commitment", self.commitment)):
             if not (math.isfinite(value) and value >= 0):
                 raise ModelError(f"codec: {name} is {value}; choose 0 or more.")
-        if issubclass(CODECS[self.kind], ChannelCodec):
-            check_noise(self.kind, *self.noise)
 
 
 class FeatureCodec(nn.Module):
@@ -139,8 +134,12 @@ class FeatureCodec(nn.Module):
     def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
         super().__init__()
         self.spec, self.feature_shape, self.restored_shape = spec, tuple(shape), (restored_channels or shape[0], *shape[1:])
-        self.code_shape = code_shape(self.restored_shape, spec.code_channels, spec.stride)
+        self.code_shape = self.size_code()
         self.encode, self.decode = self.build_encoder(), self.build_decoder()
+
+    def size_code(self) -> tuple[int, int, int]:
+        """(h, H', W')."""
+        return code_shape(self.restored_shape, self.spec.code_channels, self.spec.stride)
 
     @property
     def noise_planes(self) -> int:
@@ -259,102 +258,6 @@ class CodebookCodec(SymbolCodec):
 
     def loss(self, u: Tensor, symbols: Tensor, v: Tensor) -> Tensor:
         return F.mse_loss(v, u.detach()) + self.spec.commitment * F.mse_loss(u, v.detach())
-
-
-class NoiseNoted(nn.Module):
-    """Appends a plane (or number) that holds the noise level to a feature (B, C, H, W) or (B, C)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.noise = 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, torch.full_like(x[:, :1], self.noise)], dim=1)
-
-
-class ChannelCodec(FeatureCodec):
-    """Joint source-channel coding: u goes over a noisy channel as it is, and the encoder knows the noise level (BottleNet++).
-
-    In training the level is drawn afresh for each batch from `spec.noise`; in evaluation it is `noise`, at first the geometric mean of the two.
-    """
-
-    uses_per_symbol: ClassVar[int]  # real values for AWGN, bits for the others
-
-    def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
-        super().__init__(spec, shape, restored_channels)
-        self.noise = math.sqrt(math.prod(spec.noise))
-
-    @property
-    def noise_planes(self) -> int:
-        return 1
-
-    @property
-    def channel_uses(self) -> int:
-        """Of one image."""
-        return self.uses_per_symbol * math.prod(self.code_shape)
-
-    def build_encoder(self) -> nn.Module:
-        return nn.Sequential(NoiseNoted(), super().build_encoder())
-
-    def at(self, noise: float) -> None:
-        """Evaluate at this noise level from now on.
-
-        Raises:
-            ModelError: not a noise level of this channel.
-        """
-        check_noise(self.kind, noise, noise)
-        self.noise = noise
-
-    def code(self, x: Tensor) -> Coded:
-        noise = draw_noise(*self.spec.noise) if self.training else self.noise
-        assert isinstance(self.encode, nn.Sequential)
-        noted = self.encode[0]
-        assert isinstance(noted, NoiseNoted)
-        noted.noise = noise
-        return Coded(self.decode(self.send(self.encode(x), noise)), x.new_zeros(()))
-
-    @abstractmethod
-    def send(self, u: Tensor, noise: float) -> Tensor:
-        """What arrives of u, with gradients."""
-
-
-class AwgnCodec(ChannelCodec):
-    """Analogue symbols over additive white Gaussian noise."""
-
-    kind, uses_per_symbol = "jscc-awgn", 1
-
-    def send(self, u: Tensor, noise: float) -> Tensor:
-        return awgn(u, noise)
-
-
-class ErasureCodec(ChannelCodec):
-    """8-bit symbols over a binary erasure channel."""
-
-    kind, uses_per_symbol = "jscc-bec", SYMBOL_BITS
-
-    def send(self, u: Tensor, noise: float) -> Tensor:
-        return binary_erasure(u, noise)
-
-
-class BitFlipCodec(ChannelCodec):
-    """8-bit symbols over a binary symmetric channel."""
-
-    kind, uses_per_symbol = "jscc-bsc", SYMBOL_BITS
-
-    def send(self, u: Tensor, noise: float) -> Tensor:
-        return binary_symmetric(u, noise)
-
-
-CODECS: dict[str, type[FeatureCodec]] = {codec.kind: codec for codec in (UniformCodec, CodebookCodec, RateCodec, AwgnCodec, ErasureCodec, BitFlipCodec)}
-
-
-def build_codec(spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> FeatureCodec:
-    """The codec `spec` describes for a feature of `shape`, untrained.
-
-    Raises:
-        ModelError: it does not fit the feature.
-    """
-    return CODECS[spec.kind](spec, shape, restored_channels)
 
 
 def code_shape(shape: Sequence[int], code_channels: int, stride: int) -> tuple[int, int, int]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from models.channel_plan import ChannelPlan, rebuild
-from models.codec import CodecSpec, FeatureCodec, SymbolCodec, build_codec
+from models.codec import CodecSpec, FeatureCodec, SymbolCodec
+from models.codecs import build_codec
 from models.cutting import split
 from pipeline.errors import ModelError
 

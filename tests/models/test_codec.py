@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.codec import CODECS, ChannelCodec, CodebookCodec, CodecSpec, FeatureCodec, RateCodec, SymbolCodec, build_codec
+from models.codec import CodebookCodec, CodecSpec, FeatureCodec, RateCodec, SymbolCodec
+from models.codecs import CODECS as ALL
+from models.codecs import build_codec
+from models.jscc import ChannelCodec
 from pipeline.errors import ModelError
 
-SYMBOLS = [kind for kind, codec in CODECS.items() if issubclass(codec, SymbolCodec)]
-NOISY = [kind for kind, codec in CODECS.items() if issubclass(codec, ChannelCodec)]
+SYMBOLS = ["uniform", "codebook", "rate"]
+NOISY = ["jscc-awgn", "jscc-bec", "jscc-bsc"]
+CODECS = [*SYMBOLS, *NOISY]
+BASELINES = [kind for kind in ALL if kind not in CODECS]
 
 
 def symbol_codec(kind: str, shape: tuple[int, ...], code_channels: int, stride: int, bits: int, rate_weight: float = 0.0) -> SymbolCodec:
@@ -262,7 +267,7 @@ def test_channel_uses_are_reals_for_awgn_and_bits_for_the_digital_channels() -> 
         ({"code_channels": 9}, "code_channels is 9 for a feature of 8 channels; choose 1 to 8"),
         ({"code_channels": 0}, "code_channels is 0"),
         ({"stride": 0}, "stride is 0"),
-        ({"kind": "vector"}, "kind is vector; choose one of uniform, codebook, rate, jscc-awgn, jscc-bec, jscc-bsc"),
+        ({"kind": "vector"}, "kind is vector; choose one of uniform, codebook, rate, jscc-awgn, jscc-bec, jscc-bsc, raw-fp32"),
         ({"kind": "rate", "rate_weight": -1.0}, "rate_weight is -1.0; choose 0 or more"),
         ({"kind": "rate", "rate_weight": math.nan}, "rate_weight is nan; choose 0 or more"),
         ({"kind": "jscc-awgn", "noise": (0.0, 0.1)}, r"jscc-awgn: noise is 0.0 to 0.1; give two standard deviations above 0"),
