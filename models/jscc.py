@@ -35,6 +35,7 @@ class ChannelCodec(FeatureCodec):
 
     def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
         super().__init__(spec, shape, restored_channels)
+        check_noise(self.kind, *spec.noise)
         self.noise = math.sqrt(math.prod(spec.noise))
 
     @property
