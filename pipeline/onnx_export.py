@@ -57,15 +57,11 @@ def export_onnx(module: nn.Module, example: Tensor, *, input_name: str, output_n
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the half from {input_name} to {output_name} cannot be exported to ONNX ({reason}); choose another cut or backbone.") from error
     assert program is not None
-    model = program.model_proto
-    _canonicalise(model)
-    data: bytes = model.SerializeToString(deterministic=True)
-    onnx.checker.check_model(data, full_check=True)
-    return data
+    return canonical_bytes(program.model_proto)
 
 
-def _canonicalise(model: ModelProto) -> None:
-    """Strip what varies between exporters, folders and runs, and number the nodes by their place."""
+def canonical_bytes(model: ModelProto) -> bytes:
+    """`model`, checked, without what varies between exporters, folders and runs, and with nodes numbered by their place."""
     model.ClearField("doc_string")
     model.ClearField("metadata_props")
     model.producer_name = "coinfer"
@@ -77,6 +73,9 @@ def _canonicalise(model: ModelProto) -> None:
         function.ClearField("metadata_props")
         _strip(function.value_info)
         _strip_nodes(function.node)
+    data: bytes = model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(data, full_check=True)
+    return data
 
 
 def _strip_graph(graph: GraphProto) -> None:

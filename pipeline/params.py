@@ -106,6 +106,7 @@ class Search(Section):
     code_channels: list[Count] = Field(min_length=1, description="channels of the code")
     strides: list[Literal[1, 2, 4, 8]] = Field(min_length=1, description="spatial strides of the encoder")
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field(min_length=1, description="bits a symbol")
+    precision: Literal["fp32", "int8"] = Field("fp32", description="of the device half of a split; times are predicted for fp32 in either case")
     rate_weights: list[NonNegative] = Field([1e-4, 1e-3], min_length=1, description="codec `rate`: loss per coded bit of an image")
     webp_qualities: list[Annotated[int, Field(ge=1, le=100)]] = Field(min_length=1, description="edge-only baselines; 100 = lossless")
 

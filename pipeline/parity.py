@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.coinference import CoInference
+from pipeline.data import EVALUATION_BATCH
 from pipeline.errors import FrameError, ParityError
 from pipeline.inference import predict_logits
 from pipeline.runtime.bundle import open_session
@@ -47,29 +48,54 @@ def check_whole(network: nn.Module, model: bytes, name: str, preprocessing: Prep
     return _compare(logits, predict_logits(network, images), name)
 
 
-def check_split(network: CoInference, device: bytes, edge: bytes, tables: CodecTables, preprocessing: Preprocessing, images: Tensor) -> Numbers:
+def check_split(
+    network: CoInference,
+    device: bytes,
+    edge: bytes,
+    tables: CodecTables,
+    preprocessing: Preprocessing,
+    images: Tensor,
+    quantised: bool = False,
+) -> Numbers:
     """Compare both halves with `network` on `images`, uint8 (N, 3, S, S), the edge half on the very symbols the device half gives.
+
+    A `quantised` device half is another network than the trained one: it is compared with itself, many images at a time instead of one by one, and the
+    chain with the trained edge half on those symbols.
 
     Raises:
         ParityError: symbols differ beyond 1 + 1e-6*2^bits*count or by more than one level; a frame does not come back exactly; a logit differs by
             more than 1e-3 on the same symbols; top-1 through the whole chain differs on more than 0.1 % of the images.
     """
     symbols = _one_by_one(device, _tensors(images, preprocessing))
-    wanted = predict_logits(network.device_half(), images).numpy()
+    wanted = _many(device, preprocessing, images) if quantised else predict_logits(network.device_half(), images).numpy()
     steps = np.abs(symbols.astype(np.int16) - wanted)
     differing, allowed = int((steps > 0).sum()), 1 + SYMBOL_SHARE_PER_LEVEL * 2**tables.bits * steps.size
     if differing > allowed or steps.max() > 1:
+        other = "itself run on many images at once" if quantised else "the trained network"
         raise ParityError(
-            f"device.onnx gives {differing} of {steps.size} symbols unlike the trained network on the validation images, "
+            f"device.onnx gives {differing} of {steps.size} symbols unlike {other} on the validation images, "
             f"by up to {steps.max()} levels, where {allowed:.1f} by one level are allowed; {ADVICE}."
         )
     for index, code in enumerate(symbols):
         _check_frame(index, code, tables)
     logits = _one_by_one(edge, np.split(symbols, len(symbols)))
-    with torch.no_grad():
-        same_symbols = torch.cat([network.edge_half().eval()(part) for part in torch.split(torch.from_numpy(symbols), 256)])
-    numbers = _compare(logits, same_symbols, "edge.onnx", top1=predict_logits(network, images))
+    chain = _edge_logits(network, wanted) if quantised else predict_logits(network, images)
+    numbers = _compare(logits, _edge_logits(network, symbols), "edge.onnx", top1=chain)
+    if quantised:
+        numbers["top1_equal_unquantised"] = float((logits.argmax(1) == predict_logits(network, images).argmax(1).numpy()).mean())
     return {"symbols": steps.size, "symbols_differing": differing, "symbols_allowed": allowed, "frames_exact": len(symbols), **numbers}
+
+
+@torch.no_grad()
+def _edge_logits(network: CoInference, symbols: NDArray[np.uint8]) -> Tensor:
+    edge = network.edge_half().eval()
+    return torch.cat([edge(part) for part in torch.split(torch.from_numpy(symbols), EVALUATION_BATCH)])
+
+
+def _many(model: bytes, preprocessing: Preprocessing, images: Tensor) -> NDArray[Any]:
+    session = open_session(model, 1)
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: preprocessing.tensor(part.numpy())})[0] for part in torch.split(images, EVALUATION_BATCH)])
 
 
 def _check_frame(index: int, code: NDArray[np.uint8], tables: CodecTables) -> None:

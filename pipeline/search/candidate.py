@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.errors import ParamsError
 
@@ -15,6 +15,7 @@ OUTPUT = "output"
 LOSSLESS = 100
 
 Kind = Literal["split", "edge-only", "device-only"]
+Precision = Literal["fp32", "int8"]
 CODECS = ("uniform", "codebook", "rate")  # those with integer symbols that a frame can carry
 
 
@@ -25,6 +26,7 @@ class Candidate:
     `cut` names a `CutPoint`; `input` sends the image itself as WebP at `quality` (100 = lossless), `output` sends nothing.
     `keep` pairs device blocks with the kept fraction of their prunable channels; a block kept whole is left out, so equal candidates compare equal.
     `codec` is one of `CODECS`, of a split that names none the first; `rate_weight`, the loss per coded bit it is trained with, belongs to `rate` alone.
+    `precision` is the device half's, of a split.
 
     Raises:
         ParamsError: a combination that cannot run, named.
@@ -38,6 +40,7 @@ class Candidate:
     quality: int | None = None
     codec: str | None = None
     rate_weight: float | None = None
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         coded = (self.code_channels, self.stride, self.bits)
@@ -58,8 +61,10 @@ class Candidate:
                 raise ParamsError(f"candidate at cut {self.cut}: codec is {self.codec}; choose one of {', '.join(CODECS)}.")
             if (self.codec == "rate") != (self.rate_weight is not None and 0 <= self.rate_weight < math.inf):
                 raise ParamsError(f"candidate at cut {self.cut}: codec {self.codec} with rate_weight {self.rate_weight}; rate takes 0 or more, others none.")
-        elif any(value is not None for value in (*coded, self.codec, self.rate_weight)):
-            raise ParamsError(f"candidate at cut {self.cut}: only a split has code_channels, stride, bits and a codec.")
+            if self.precision not in get_args(Precision):
+                raise ParamsError(f"candidate at cut {self.cut}: precision is {self.precision}; choose one of {', '.join(get_args(Precision))}.")
+        elif any(value is not None for value in (*coded, self.codec, self.rate_weight)) or self.precision != "fp32":
+            raise ParamsError(f"candidate at cut {self.cut}: only a split has code_channels, stride, bits, codec and precision.")
         if self.kind == "edge-only" and not (self.quality is not None and 1 <= self.quality <= LOSSLESS):
             raise ParamsError(f"candidate at cut input: quality is {self.quality}; choose 1 to 99, or 100 for lossless WebP.")
         if self.kind == "device-only" and self.quality is not None:
@@ -103,7 +108,8 @@ class Candidate:
         if self.kind == "device-only":
             return f"device-only{pruned}"
         codec = f" {self.codec}" * (self.codec != CODECS[0]) + (f" {self.rate_weight:g}" if self.rate_weight is not None else "")
-        return f"{self.cut} {self.code_channels}ch /{self.stride} {self.bits}bit{codec}{pruned}"
+        precision = f" {self.precision}" * (self.precision != "fp32")
+        return f"{self.cut} {self.code_channels}ch /{self.stride} {self.bits}bit{codec}{pruned}{precision}"
 
 
 @dataclass(frozen=True)

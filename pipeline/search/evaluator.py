@@ -95,7 +95,8 @@ class Evaluator:
             strides = [stride for stride in self.settings.strides if _codec_fits(point.shape, 1, stride)]
             if channels and strides:
                 codes[point.name] = (channels, strides)
-        return Space(codes, self.settings.bits, self.settings.webp_qualities, self.legal_keep, self.codec.kind, self.settings.rate_weights)
+        settings = self.settings
+        return Space(codes, settings.bits, settings.webp_qualities, self.legal_keep, self.codec.kind, settings.rate_weights, settings.precision)
 
     def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
         """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""

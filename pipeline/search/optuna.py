@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import CoinferError, ModelError, ParamsError
-from pipeline.search.candidate import INPUT, OUTPUT, Candidate, Measurement
+from pipeline.search.candidate import INPUT, OUTPUT, Candidate, Measurement, Precision
 from pipeline.search.pareto import OBJECTIVES, Limits, Trial, not_finite
 
 RANDOM_TRIALS = 5  # after the baselines, before TPE has enough to learn from
@@ -45,6 +45,7 @@ class Space:
     keep: Callable[[str], Mapping[str, Sequence[float]]]
     codec: str = "uniform"
     rate_weights: Sequence[float] = ()
+    precision: Precision = "fp32"
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> Candidate:
         """Ask for one parameter after the other, only for those that the earlier ones leave open."""
@@ -57,7 +58,7 @@ class Space:
         channels, strides = self.codes[cut]
         code = {name: _pick(trial, name, values) for name, values in (("code_channels", channels), ("stride", strides), ("bits", self.bits))}
         rate = {"rate_weight": _pick(trial, "rate_weight", self.rate_weights)} if self.codec == "rate" else {}
-        return Candidate(cut, keep, codec=self.codec, **code, **rate)
+        return Candidate(cut, keep, codec=self.codec, precision=self.precision, **code, **rate)
 
     def baselines(self) -> list[dict[str, Any]]:
         """Parameters of the unpruned device-only candidate and of every WebP quality."""

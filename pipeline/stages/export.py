@@ -24,6 +24,7 @@ from pipeline.onnx_export import OPSET, export_onnx
 from pipeline.params import Params
 from pipeline.parity import check_split, check_whole
 from pipeline.paths import DATA_CARD, DevicePaths
+from pipeline.quantising import quantise
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, Bundle, open_session, write_bundle
 from pipeline.runtime.coder import CodecTables, build_tables
 from pipeline.runtime.preprocess import Preprocessing
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.tracking import Tracker
 
 TABLE_IMAGES = 10_000  # enough for the statistics of a channel; evenly spread over larger training sets
+CALIBRATION_IMAGES = 256
 BATCH = 256
 
 
@@ -69,8 +71,12 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         network = split_network(backbone, example, candidate, plan)
         _load(network, paths.split_weights)
         files = _halves(network, example)
+        quantised = candidate.precision == "int8"
+        if quantised:
+            calibration = torch.split(load_split("train")[0][:CALIBRATION_IMAGES], 1)
+            files[DEVICE] = quantise(files[DEVICE], (preprocessing.tensor(image.numpy()) for image in calibration))
         tables = build_tables(_symbols(files[DEVICE], preprocessing), candidate.bits)
-        parity["split"] = check_split(network, files[DEVICE], files[EDGE], tables, preprocessing, validation)
+        parity["split"] = check_split(network, files[DEVICE], files[EDGE], tables, preprocessing, validation, quantised)
     _load(backbone, paths.reference_weights)
     reference = files[DEVICE_ONLY] = export_onnx(backbone, example, input_name="image", output_name="logits")
     parity["reference"] = check_whole(backbone, reference, paths.reference_onnx.name, preprocessing, validation)

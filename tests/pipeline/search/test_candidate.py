@@ -43,6 +43,8 @@ def test_keeping_a_block_whole_is_not_naming_it():
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "codec": "rate"}, "codec rate with rate_weight None; rate takes 0 or more, others none"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "rate_weight": 0.1}, "codec uniform with rate_weight 0.1"),
         ({"cut": "output", "codec": "uniform"}, "only a split has"),
+        ({"cut": "output", "precision": "int8"}, "only a split has"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "precision": "int4"}, "precision is int4; choose one of fp32, int8"),
         ({"cut": "input"}, "quality is None"),
         ({"cut": "input", "quality": 0}, "quality is 0"),
         ({"cut": "input", "quality": 50, "keep": {"a": 0.5}}, "no device half"),
@@ -62,3 +64,4 @@ def test_labels_are_short():
     assert Candidate("layer2.0", (("a", 0.5),), 4, 2, 3).label() == "layer2.0 4ch /2 3bit keep 0.50"
     assert Candidate("layer2.0", (), 4, 2, 3, codec="rate", rate_weight=1e-3).label() == "layer2.0 4ch /2 3bit rate 0.001"
     assert Candidate("layer2.0", (), 4, 2, 3, codec="codebook").label() == "layer2.0 4ch /2 3bit codebook"
+    assert Candidate("layer2.0", (), 4, 2, 3, precision="int8").label() == "layer2.0 4ch /2 3bit int8"

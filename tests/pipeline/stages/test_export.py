@@ -54,6 +54,24 @@ def test_split_passes_the_gate_and_becomes_a_bundle_that_answers(workdir: Path, 
     _gate_refuses_other_weights(paths.bundle, bundle)
 
 
+def test_an_int8_device_half_is_judged_by_itself_and_answers(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+    paths = write_finetuned(digits_params, Candidate(**{**SPLIT.__dict__, "precision": "int8"}))
+    parity = export.run(digits_params, "camera", tracker)
+    assert parity["split"]["symbols_differing"] <= parity["split"]["symbols_allowed"]
+    assert parity["split"]["top1_equal"] == 1
+    assert parity["split"]["top1_equal_unquantised"] > 0.6
+    bundle = Bundle.load(paths.bundle)
+    assert bundle.manifest["candidate"]["precision"] == "int8"
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 16, 16), np.uint8)
+    assert DeviceHalf(bundle).classify(pixels, LoopbackTransport(EdgeHalf(bundle))).logits.shape == (3,)
+    halves = {name: bundle.read(name) for name in ("device.onnx", "edge.onnx")}
+    write_finetuned(digits_params, SPLIT)
+    export.run(digits_params, "camera", tracker)
+    whole = Bundle.load(paths.bundle)
+    assert whole.read("edge.onnx") == halves["edge.onnx"], "the edge half stays as it is"
+    assert whole.read("device.onnx") != halves["device.onnx"]
+
+
 def _gate_refuses_other_weights(folder: Path, bundle: Bundle) -> None:
     """Symbols and logits are not those of another network."""
     halves = [(folder / name).read_bytes() for name in ("device.onnx", "edge.onnx")]

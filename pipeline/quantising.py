@@ -1,0 +1,72 @@
+"""The device half in 8-bit integers: ONNX Runtime's static quantisation, weights per channel, activations by what calibration images show."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quant_pre_process, quantize_static
+
+from pipeline.errors import ModelError
+from pipeline.onnx_export import canonical_bytes
+
+LAYERS = {"Conv", "Gemm", "MatMul"}
+
+
+class _Images(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, name: str, batches: Iterable[NDArray[np.float32]]) -> None:
+        self.name, self.batches, self.count = name, iter(batches), 0
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        batch = next(self.batches, None)
+        if batch is None or not len(batch):
+            return None
+        self.count += len(batch)
+        return {self.name: batch}
+
+
+def quantise(model: bytes, batches: Iterable[NDArray[np.float32]]) -> bytes:
+    """`model`, a device half (float32 images -> symbols), with its layers in int8; the encoder's last one and the rounding stay float32.
+
+    Args:
+        batches: calibration images, float32 (B, 3, S, S), as preprocessing gives them.
+
+    Raises:
+        ModelError: there is no calibration image, or ONNX Runtime cannot quantise the model.
+    """
+    whole = onnx.load_from_string(model)
+    images = _Images(whole.graph.input[0].name, batches)
+    with tempfile.TemporaryDirectory(prefix="coinfer-") as folder:
+        prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        try:
+            # Folds batch norms into convolutions, without which they would stay float32 in between.
+            quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+            quantize_static(
+                prepared,
+                quantised,
+                images,
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_quantize=_nodes(onnx.load(prepared).graph),
+            )
+        except Exception as error:  # it raises many unrelated kinds
+            if not images.count:
+                raise ModelError("calibration of the int8 device half got no image; check data.path and data.validation_fraction in params.yaml.") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"the device half cannot be quantised to int8 ({reason}); set search.precision to fp32.") from error
+        return canonical_bytes(onnx.load(quantised))
+
+
+def _nodes(graph: onnx.GraphProto) -> list[str]:
+    """Names of the layers but the last, and of what joins or passes on their integers."""
+    constants = {item.name for item in graph.initializer}
+    layers = [node.name for node in graph.node if node.op_type in LAYERS]
+    joins = [node.name for node in graph.node if node.op_type in ("Add", "Concat") and not constants & set(node.input)]
+    passes = [node.name for node in graph.node if node.op_type in ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool")]
+    return [*layers[:-1], *joins, *passes]

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from models.codec import CodecSpec
+from models.coinference import build_split
+from pipeline.errors import ModelError
+from pipeline.onnx_export import export_onnx
+from pipeline.quantising import quantise
+from pipeline.runtime.bundle import open_session
+
+IMAGES = np.random.default_rng(0).normal(size=(32, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.fixture
+def half(tiny_backbone: nn.Module) -> bytes:
+    network = build_split(tiny_backbone, torch.zeros(1, 3, 16, 16), "block2", CodecSpec("uniform", 4, 1, 3)).train()
+    with torch.no_grad():
+        for _ in range(20):  # statistics like a trained network's
+            network(torch.from_numpy(IMAGES))
+    return export_onnx(network.device_half(), torch.zeros(2, 3, 16, 16), input_name="image", output_name="symbols")
+
+
+def symbols(model: bytes) -> np.ndarray:
+    found: np.ndarray = open_session(model, 1).run(["symbols"], {"image": IMAGES})[0]
+    return found
+
+
+def test_symbols_change_little_and_weights_take_a_byte(half: bytes) -> None:
+    quantised = quantise(half, np.split(IMAGES, 4))
+    before, after = symbols(half), symbols(quantised)
+    assert after.dtype == np.uint8
+    assert (before == after).mean() > 0.85
+    assert np.abs(before.astype(int) - after).max() <= 2
+    kinds = Counter(item.data_type for item in onnx.load_from_string(quantised).graph.initializer if len(item.dims) == 4)
+    assert kinds == {onnx.TensorProto.INT8: 6, onnx.TensorProto.FLOAT: 1}, "all convolutions but the encoder's"
+    per_channel = [item for item in onnx.load_from_string(quantised).graph.initializer if item.data_type == onnx.TensorProto.FLOAT and item.dims == [16]]
+    assert per_channel, "a scale for each filter"
+
+
+def test_the_same_calibration_gives_the_same_bytes_and_another_not(half: bytes) -> None:
+    assert quantise(half, np.split(IMAGES, 4)) == quantise(half, [IMAGES]) != quantise(half, [IMAGES[:1] / 4])
+
+
+@pytest.mark.parametrize("batches", [[], [IMAGES[:0]]])
+def test_calibration_on_nothing_is_refused(half: bytes, batches: list[np.ndarray]) -> None:
+    with pytest.raises(ModelError, match=r"calibration of the int8 device half got no image; check data\.path"):
+        quantise(half, batches)
