@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from pipeline.errors import ModelError
 
 COUNTING_MOMENTUM = 0.05  # a batch holds thousands of symbols a channel
-LEAST_FREQUENCY = 1e-4  # near what the coder's tables give a symbol never seen
+LEAST_FREQUENCY = 1e-3  # near what the coder's tables give a symbol never seen
+CONTEXT_PRIOR = 0.01  # symbols an image, by which a context leans on its channel's distribution
 
 
 class Bounded(nn.Module):
@@ -210,40 +211,62 @@ class UniformCodec(SymbolCodec):
 class RateCodec(UniformCodec):
     """`uniform` whose loss also counts the coded bits of an image, times rate_weight.
 
-    A symbol costs -log2 of its running frequency in its code channel, which is what the coder's tables will hold. Between two levels the cost is
-    interpolated, which gives u a gradient towards the cheaper one; the batch norm before the clamp can so narrow a channel to few levels or still it.
+    A symbol costs -log2 of its running frequency in its code channel and context, which is what the coder's tables will hold. Between two levels the cost
+    is interpolated, which gives u a gradient towards the cheaper one; the batch norm before the clamp can so narrow a channel to few levels or still it.
     """
 
     kind = "rate"
-    frequencies: Tensor
+    counts: Tensor
 
     def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
         super().__init__(spec, shape, restored_channels)
-        # Counted, not learned by gradient: the running counts are the best static distribution at once, at every rate_weight and learning rate.
-        self.register_buffer("frequencies", torch.full((spec.code_channels, 2**spec.bits), 2.0**-spec.bits))
+        # Counted, not learned by gradient: running counts are the best static distribution at once, at every rate_weight and learning rate.
+        self.register_buffer("counts", torch.ones(spec.code_channels, context_count(spec.bits), 2**spec.bits))
 
     def bits_of(self, symbols: Tensor) -> Tensor:
         """-log2 of the running frequency of each of `symbols`, uint8 (B, h, H', W')."""
-        return self._costs(symbols)
+        return self._costs()[self._rows(symbols), symbols.long()]
 
     def loss(self, u: Tensor, symbols: Tensor, v: Tensor) -> Tensor:
+        rows = self._rows(symbols)
         if self.training:
-            self._count(symbols)
-        position = u * (2**self.spec.bits - 1)
-        below = position.detach().floor().clamp(0, 2**self.spec.bits - 2)
-        slope = self._costs(below + 1) - self._costs(below)
-        bits = self._costs(symbols) + slope * (position - position.detach())
+            self._count(rows, symbols)
+        costs, position = self._costs(), u * (2**self.spec.bits - 1)
+        below = position.detach().floor().clamp(0, 2**self.spec.bits - 2).long()
+        slope = costs[rows, below + 1] - costs[rows, below]
+        bits = costs[rows, symbols.long()] + slope * (position - position.detach())
         return self.spec.rate_weight * bits.sum() / len(u)
 
-    @torch.no_grad()
-    def _count(self, symbols: Tensor) -> None:
-        levels = self.frequencies.shape[1]
-        shares = F.one_hot(symbols.transpose(0, 1).flatten(1).long(), levels).to(self.frequencies.dtype).mean(1)
-        self.frequencies.lerp_(shares, COUNTING_MOMENTUM)
+    def _rows(self, symbols: Tensor) -> Tensor:
+        return context_rows(symbols, 2**self.spec.bits, self.counts.shape[1])
 
-    def _costs(self, symbols: Tensor) -> Tensor:
-        channel = torch.arange(symbols.shape[1], device=symbols.device).reshape(-1, 1, 1)
-        return -self.frequencies.clamp_min(LEAST_FREQUENCY).log2()[channel, symbols.long()]
+    @torch.no_grad()
+    def _count(self, rows: Tensor, symbols: Tensor) -> None:
+        places = rows * self.counts.shape[2] + symbols
+        seen = torch.bincount(places.flatten(), minlength=self.counts.numel()).reshape(self.counts.shape)
+        self.counts.lerp_(seen.to(self.counts.dtype) / len(symbols), COUNTING_MOMENTUM)
+
+    def _costs(self) -> Tensor:
+        """Bits of each symbol in each row, (channels*contexts, levels)."""
+        shares = self.counts.sum(1, keepdim=True)
+        smoothed = self.counts + CONTEXT_PRIOR * shares / shares.sum(2, keepdim=True)
+        return -(smoothed / smoothed.sum(2, keepdim=True)).clamp_min(LEAST_FREQUENCY).log2().flatten(0, 1)
+
+
+def context_count(bits: int) -> int:
+    """How many contexts the coder tells apart for symbols of `bits` bits (pipeline/runtime/coder.py)."""
+    return min(2 << bits, 32)
+
+
+def context_rows(symbols: Tensor, levels: int, contexts: int) -> Tensor:
+    """The row channel*contexts + context of each of `symbols`, uint8 (B, h, H, W), int64 of that shape; the coder's rule (pipeline/runtime/coder.py)."""
+    values = symbols.long()
+    left, above = torch.zeros_like(values), torch.zeros_like(values)
+    left[..., 1:], above[..., 1:, :] = values[..., :-1], values[..., :-1, :]
+    left[..., 0], above[..., 0, :] = above[..., 0], left[..., 0, :]
+    context = (left + above) * (contexts - 1) // (2 * levels - 1)
+    context[..., 0, 0] = contexts - 1
+    return context + contexts * torch.arange(values.shape[1], device=values.device).reshape(-1, 1, 1)
 
 
 class CodebookCodec(SymbolCodec):

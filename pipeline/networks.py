@@ -11,6 +11,7 @@ from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
 from models.cutting import CutPoint
 from models.pruning import Pruner
+from pipeline.runtime.coder import context_count
 from pipeline.search.candidate import OUTPUT, Candidate
 
 
@@ -36,6 +37,12 @@ def codec_spec(candidate: Candidate, commitment: float = 0.0) -> CodecSpec:
     assert candidate.stride is not None
     assert candidate.bits is not None
     return CodecSpec(candidate.codec, candidate.code_channels, candidate.stride, candidate.bits, candidate.rate_weight or 0.0, commitment)
+
+
+def contexts_of(candidate: Candidate) -> int:
+    """How many tables a channel the coder has for a split `candidate`: what its training counted on."""
+    assert candidate.bits is not None
+    return context_count(candidate.bits) if candidate.codec == "rate" else 1
 
 
 def split_network(backbone: nn.Module, example: Tensor, candidate: Candidate, plan: ChannelPlan | None = None, commitment: float = 0.0) -> CoInference:

@@ -1,4 +1,5 @@
-/* rANS over static per-channel integer tables, renormalised by bytes. rans_twin.py says the same in Python and gives the same bytes.
+/* rANS over static integer tables, one a channel or, by the two neighbours coded before, several; renormalised by bytes. rans_twin.py says the same in
+ * Python and gives the same bytes.
  *
  * One C source for every CPython from 3.11 on (limited API). All sizes are checked before a loop starts and every index into a table
  * is masked or compared, so no payload and no table content can make it read or write out of bounds. */
@@ -12,27 +13,47 @@
 #define MAX_PRECISION 14
 #define STATE_BYTES 8
 
-/* Holds one row of `levels` per channel in freqs (and starts), and one row of 2**precision per channel in `wide`. */
-static int tables_fit(const Py_buffer *freqs, const Py_buffer *wide, Py_ssize_t wide_item, Py_ssize_t plane, Py_ssize_t levels, int precision,
-                      Py_ssize_t *channels)
+typedef struct {
+    Py_ssize_t plane, levels, width, contexts, channels;
+    int precision;
+} Layout;
+
+/* Holds `contexts` rows of `levels` per channel in freqs (and starts), and as many of 2**precision in `wide`. Sets layout->channels. */
+static int tables_fit(const Py_buffer *freqs, const Py_buffer *wide, Py_ssize_t wide_item, Layout *layout)
 {
-    if (plane < 1 || levels < 1 || levels > 256 || precision < 1 || precision > MAX_PRECISION)
+    if (layout->plane < 1 || layout->levels < 1 || layout->levels > 256 || layout->precision < 1 || layout->precision > MAX_PRECISION || layout->width < 1 ||
+        layout->plane % layout->width || layout->contexts < 1 || layout->contexts > 2 * layout->levels)
         return 0;
-    *channels = freqs->len / (2 * levels);
-    return freqs->len == *channels * 2 * levels && wide->len == (*channels << precision) * wide_item && *channels <= PY_SSIZE_T_MAX / 2 / plane;
+    const Py_ssize_t rows = freqs->len / (2 * layout->levels);
+    layout->channels = rows / layout->contexts;
+    return freqs->len == rows * 2 * layout->levels && rows == layout->channels * layout->contexts && wide->len == (rows << layout->precision) * wide_item &&
+           layout->channels <= PY_SSIZE_T_MAX / 2 / layout->plane;
+}
+
+/* Which of a channel's tables codes the symbol at place `index` of its plane: the last for the first one, else by the sum of the symbols to the left and
+ * above, the other standing in for one that is not there. All symbols before `here` are below `levels`. */
+static inline Py_ssize_t context(const uint8_t *here, Py_ssize_t index, const Layout *layout)
+{
+    if (layout->contexts == 1)
+        return 0;
+    if (!index)
+        return layout->contexts - 1;
+    const int first_column = index % layout->width == 0, first_row = index < layout->width;
+    const Py_ssize_t left = first_column ? here[-layout->width] : here[-1], above = first_row ? here[-1] : here[-layout->width];
+    return (left + above) * (layout->contexts - 1) / (2 * layout->levels - 1);
 }
 
 static PyObject *encode(PyObject *module, PyObject *args)
 {
     Py_buffer symbols, freqs, starts, slots;
-    Py_ssize_t plane, levels, channels;
-    int precision;
+    Layout layout;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*nni", &symbols, &freqs, &starts, &slots, &plane, &levels, &precision))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*nninn", &symbols, &freqs, &starts, &slots, &layout.plane, &layout.levels, &layout.precision, &layout.width,
+                          &layout.contexts))
         return NULL;
     PyObject *payload = NULL;
     uint8_t *buffer = NULL;
-    if (!tables_fit(&freqs, &slots, 2, plane, levels, precision, &channels) || starts.len != freqs.len || symbols.len != channels * plane) {
+    if (!tables_fit(&freqs, &slots, 2, &layout) || starts.len != freqs.len || symbols.len != layout.channels * layout.plane) {
         PyErr_SetString(PyExc_ValueError, "tables and symbols do not fit");
         goto done;
     }
@@ -43,18 +64,27 @@ static PyObject *encode(PyObject *module, PyObject *args)
         goto done;
     }
     const uint8_t *symbol = symbols.buf;
+    for (Py_ssize_t index = 0; index < symbols.len; index++) {
+        if ((Py_ssize_t)symbol[index] >= layout.levels) {
+            PyErr_SetString(PyExc_ValueError, "a symbol is out of range");
+            goto done;
+        }
+    }
     uint8_t *out = buffer + capacity;
+    const int precision = layout.precision;
     const uint32_t mask = ((uint32_t)1 << precision) - 1;
     const uint64_t unit = 256 * LOWER >> precision;
     uint64_t state = 0;
-    for (Py_ssize_t channel = channels; channel-- > 0;) {
-        const uint16_t *freq = (const uint16_t *)freqs.buf + channel * levels;
-        const uint16_t *start = (const uint16_t *)starts.buf + channel * levels;
-        const uint16_t *slot = (const uint16_t *)slots.buf + (channel << precision);
-        for (Py_ssize_t index = (channel + 1) * plane; index-- > channel * plane;) {
-            const uint32_t s = symbol[index];
-            if ((Py_ssize_t)s >= levels || freq[s] == 0 || freq[s] > mask) {
-                PyErr_SetString(PyExc_ValueError, "a symbol is out of range");
+    for (Py_ssize_t channel = layout.channels; channel-- > 0;) {
+        for (Py_ssize_t index = layout.plane; index-- > 0;) {
+            const uint8_t *here = symbol + channel * layout.plane + index;
+            const Py_ssize_t row = channel * layout.contexts + context(here, index, &layout);
+            const uint16_t *freq = (const uint16_t *)freqs.buf + row * layout.levels;
+            const uint16_t *start = (const uint16_t *)starts.buf + row * layout.levels;
+            const uint16_t *slot = (const uint16_t *)slots.buf + (row << precision);
+            const uint32_t s = *here;
+            if (freq[s] == 0 || freq[s] > mask) {
+                PyErr_SetString(PyExc_ValueError, "a frequency is out of range");
                 goto done;
             }
             const uint64_t f = freq[s];
@@ -83,13 +113,12 @@ done:
 static PyObject *decode(PyObject *module, PyObject *args)
 {
     Py_buffer payload, freqs, entries;
-    Py_ssize_t plane, levels, channels;
-    int precision;
+    Layout layout;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*y*nni", &payload, &freqs, &entries, &plane, &levels, &precision))
+    if (!PyArg_ParseTuple(args, "y*y*y*nninn", &payload, &freqs, &entries, &layout.plane, &layout.levels, &layout.precision, &layout.width, &layout.contexts))
         return NULL;
     PyObject *symbols = NULL;
-    if (!tables_fit(&freqs, &entries, 4, plane, levels, precision, &channels)) {
+    if (!tables_fit(&freqs, &entries, 4, &layout)) {
         PyErr_SetString(PyExc_ValueError, "tables do not fit");
         goto done;
     }
@@ -98,26 +127,28 @@ static PyObject *decode(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "the first byte is zero");
         goto done;
     }
-    symbols = PyBytes_FromStringAndSize(NULL, channels * plane);
+    symbols = PyBytes_FromStringAndSize(NULL, layout.channels * layout.plane);
     if (!symbols)
         goto done;
-    uint8_t *symbol = (uint8_t *)PyBytes_AsString(symbols);
+    uint8_t *here = (uint8_t *)PyBytes_AsString(symbols);
+    const int precision = layout.precision;
     const uint32_t mask = ((uint32_t)1 << precision) - 1;
     uint64_t state = 0;
-    for (Py_ssize_t channel = 0; channel < channels; channel++) {
-        const uint16_t *freq = (const uint16_t *)freqs.buf + channel * levels;
-        const uint32_t *entry = (const uint32_t *)entries.buf + (channel << precision);
-        for (Py_ssize_t index = 0; index < plane; index++) {
+    for (Py_ssize_t channel = 0; channel < layout.channels; channel++) {
+        for (Py_ssize_t index = 0; index < layout.plane; index++, here++) {
+            const Py_ssize_t row = channel * layout.contexts + context(here, index, &layout);
+            const uint16_t *freq = (const uint16_t *)freqs.buf + row * layout.levels;
+            const uint32_t *entry = (const uint32_t *)entries.buf + (row << precision);
             while (state < LOWER && in < end)
                 state = state << 8 | *in++;
             const uint32_t packed = entry[state & mask], s = packed & 255;
-            if ((Py_ssize_t)s >= levels) {
+            if ((Py_ssize_t)s >= layout.levels) {
                 PyErr_SetString(PyExc_ValueError, "a table names a symbol out of range");
                 Py_DECREF(symbols);
                 symbols = NULL;
                 goto done;
             }
-            *symbol++ = (uint8_t)s;
+            *here = (uint8_t)s;
             state = (state >> precision) * freq[s] + (packed >> 8);
         }
     }
@@ -134,8 +165,8 @@ done:
 }
 
 static PyMethodDef methods[] = {
-    {"encode", encode, METH_VARARGS, "encode(symbols, freqs, starts, slots, plane, levels, precision) -> bytes"},
-    {"decode", decode, METH_VARARGS, "decode(payload, freqs, entries, plane, levels, precision) -> bytes"},
+    {"encode", encode, METH_VARARGS, "encode(symbols, freqs, starts, slots, plane, levels, precision, width, contexts) -> bytes"},
+    {"decode", decode, METH_VARARGS, "decode(payload, freqs, entries, plane, levels, precision, width, contexts) -> bytes"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,5 +1,15 @@
 from numpy import uint16, uint32
 from numpy.typing import NDArray
 
-def encode(symbols: bytes, freqs: NDArray[uint16], starts: NDArray[uint16], slots: NDArray[uint16], plane: int, levels: int, precision: int) -> bytes: ...
-def decode(payload: bytes, freqs: NDArray[uint16], entries: NDArray[uint32], plane: int, levels: int, precision: int) -> bytes: ...
+def encode(
+    symbols: bytes,
+    freqs: NDArray[uint16],
+    starts: NDArray[uint16],
+    slots: NDArray[uint16],
+    plane: int,
+    levels: int,
+    precision: int,
+    width: int,
+    contexts: int,
+) -> bytes: ...
+def decode(payload: bytes, freqs: NDArray[uint16], entries: NDArray[uint32], plane: int, levels: int, precision: int, width: int, contexts: int) -> bytes: ...

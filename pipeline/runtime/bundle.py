@@ -59,8 +59,8 @@ class Bundle:
         bundle = cls(path, manifest)
         for name in manifest["sha256"]:
             bundle.read(name)
-        if bundle.kind == "split" and len(bundle.tables.freqs) != bundle.code_shape[0]:
-            raise BundleError(f"{path / CODEC} has {len(bundle.tables.freqs)} channels where {DEVICE} gives {bundle.code_shape[0]}; export the bundle again.")
+        if bundle.kind == "split" and bundle.tables.channels != bundle.code_shape[0]:
+            raise BundleError(f"{path / CODEC} has {bundle.tables.channels} channels where {DEVICE} gives {bundle.code_shape[0]}; export the bundle again.")
         return bundle
 
     def read(self, name: str) -> bytes:
@@ -215,8 +215,8 @@ def _check_fit(out: Path, shapes: Mapping[str, Mapping[str, list[Any]]], preproc
     takes = {name: shape["input"] for name, shape in shapes.items()}
     gives = {name: shape["output"] for name, shape in shapes.items()}
     code = gives.get(DEVICE, image)
-    if tables is not None and (len(code) != 3 or code[0] != len(tables.freqs)):
-        raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {len(tables.freqs)} channels; build the tables from its symbols.")
+    if tables is not None and (len(code) != 3 or code[0] != tables.channels):
+        raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {tables.channels} channels; build the tables from its symbols.")
     expected = {DEVICE: (image, code), EDGE: (code, [classes]), DEVICE_ONLY: (image, [classes])}
     for name in shapes:
         if (takes[name], gives[name]) != expected[name]:

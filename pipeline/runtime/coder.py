@@ -1,4 +1,4 @@
-"""Entropy coding of integer symbols: rANS over one static integer table per channel.
+"""Entropy coding of integer symbols: rANS over static integer tables, one per channel or several, chosen by the neighbours coded before.
 
 A table spreads each symbol's slots evenly over 0 .. 2**precision - 1, the r-th slot of a symbol with frequency f lying below
 (r + 1) * 2**precision / f (earliest deadline first, always possible since the frequencies add up to 2**precision). Encoding from state 0 then
@@ -31,12 +31,16 @@ except ImportError:
     HAVE_C = False
 
 MAX_PRECISION = 14
-MAX_CHANNELS = 1 << 16
+CONTEXT_PRIOR = 16.0
+MAX_ROWS = 1 << 16
+MAX_CONTEXTS = 32  # of a channel: more would see too few symbols each, and their tables crowd a small cache
 
 
 @dataclass(frozen=True)
 class CodecTables:
-    """Static distributions of `bits`-bit symbols: one row of 2**bits integer frequencies per channel, each row adding up to 2**precision.
+    """Static distributions of `bits`-bit symbols: rows of 2**bits integer frequencies that each add up to 2**precision.
+
+    With one context each channel has one row. With more it has `contexts` rows, of which `context_rows` says which codes a symbol.
 
     Raises:
         BundleError: tables no coder can use.
@@ -45,12 +49,14 @@ class CodecTables:
     bits: int
     precision: int
     freqs: tuple[tuple[int, ...], ...]
+    contexts: int = 1
 
     def __post_init__(self) -> None:
-        good = 1 <= self.bits <= 8 and self.bits <= self.precision <= MAX_PRECISION and 1 <= len(self.freqs) <= MAX_CHANNELS
+        good = 1 <= self.bits <= 8 and self.bits <= self.precision <= MAX_PRECISION and 1 <= len(self.freqs) <= MAX_ROWS
+        good = good and 1 <= self.contexts <= 2 * self.levels and len(self.freqs) % self.contexts == 0
         if not good or any(len(row) != self.levels or min(row) < 1 or sum(row) != 1 << self.precision for row in self.freqs):
             raise BundleError(
-                f"codec tables of {len(self.freqs)} channels, {self.bits} bits and precision {self.precision} are not a distribution per channel; "
+                f"codec tables of {len(self.freqs)} rows, {self.bits} bits, {self.contexts} contexts and precision {self.precision} are not distributions; "
                 "export the bundle again."
             )
 
@@ -58,20 +64,24 @@ class CodecTables:
     def levels(self) -> int:
         return 1 << self.bits
 
+    @property
+    def channels(self) -> int:
+        return len(self.freqs) // self.contexts
+
     @cached_property
     def freq_array(self) -> NDArray[np.uint16]:
-        """Frequencies, uint16 (channels, levels)."""
+        """Frequencies, uint16 (rows, levels)."""
         return np.array(self.freqs, dtype=np.uint16)
 
     @cached_property
     def start_array(self) -> NDArray[np.uint16]:
-        """Where each symbol's occurrences begin in a row of `slot_array`, uint16 (channels, levels)."""
+        """Where each symbol's occurrences begin in a row of `slot_array`, uint16 (rows, levels)."""
         ends = np.cumsum(self.freq_array, axis=1, dtype=np.int64)
         return np.asarray(ends - self.freq_array, dtype=np.uint16)
 
     @cached_property
     def slot_array(self) -> NDArray[np.uint16]:
-        """The slot of every occurrence of every symbol, uint16 (channels, 2**precision)."""
+        """The slot of every occurrence of every symbol, uint16 (rows, 2**precision)."""
         order = np.stack([np.argsort(self._deadlines(row), kind="stable") for row in self.freq_array])
         slots = np.empty_like(order, dtype=np.uint16)
         np.put_along_axis(slots, order, np.arange(order.shape[1], dtype=np.uint16)[None], axis=1)
@@ -79,7 +89,7 @@ class CodecTables:
 
     @cached_property
     def entry_array(self) -> NDArray[np.uint32]:
-        """The inverse of `slot_array`: symbol | rank << 8 of every slot, uint32 (channels, 2**precision)."""
+        """The inverse of `slot_array`: symbol | rank << 8 of every slot, uint32 (rows, 2**precision)."""
         entries = np.empty(self.slot_array.shape, dtype=np.uint32)
         for row, slots, out in zip(self.freq_array, self.slot_array, entries, strict=True):
             symbols, ranks = self._occurrences(row)
@@ -106,33 +116,59 @@ class CodecTables:
         """
         try:
             rows = tuple(tuple(row) for row in fields["freqs"])
-            numbers = [fields["bits"], fields["precision"], *(value for row in rows for value in row)]
+            numbers = [fields["bits"], fields["precision"], fields["contexts"], *(value for row in rows for value in row)]
             if any(type(value) is not int for value in numbers):
                 raise TypeError("a value is not an integer")
-            return cls(fields["bits"], fields["precision"], rows)
+            return cls(fields["bits"], fields["precision"], rows, fields["contexts"])
         except (KeyError, TypeError) as error:
             raise BundleError(f"codec tables cannot be used ({error!r}); export the bundle again.") from error
 
 
-def build_tables(symbols: NDArray[np.uint8], bits: int) -> CodecTables:
-    """The add-one smoothed distribution of each channel of `symbols`, uint8 (N, h, H, W), rounded to integers that lose least.
+def context_count(bits: int) -> int:
+    """How many contexts tables of `bits`-bit symbols can tell apart: one for each sum of two neighbours while those are few, and one for the first symbol."""
+    return min(2 << bits, MAX_CONTEXTS)
+
+
+def context_rows(symbols: NDArray[np.uint8], levels: int, contexts: int) -> NDArray[np.int64]:
+    """The row, channel*contexts + context, whose table codes each of `symbols`, uint8 (..., h, H, W): int64 of that shape.
+
+    The context is the last one for the first symbol of a channel, else (left + above) scaled to the other contexts, symbols of the same channel; at an
+    edge of the plane the neighbour that is there counts twice.
+    """
+    channel = np.arange(symbols.shape[-3])[:, None, None] * contexts
+    if contexts == 1:
+        return np.broadcast_to(channel, symbols.shape).astype(np.int64)
+    left, above = np.zeros(symbols.shape, np.int64), np.zeros(symbols.shape, np.int64)
+    left[..., 1:], above[..., 1:, :] = symbols[..., :-1], symbols[..., :-1, :]
+    left[..., 0], above[..., 0, :] = above[..., 0], left[..., 0, :]
+    context = (left + above) * (contexts - 1) // (2 * levels - 1)
+    context[..., 0, 0] = contexts - 1
+    return context + channel
+
+
+def build_tables(symbols: NDArray[np.uint8], bits: int, contexts: int = 1) -> CodecTables:
+    """The distribution of each channel of `symbols`, uint8 (N, h, H, W), in each context, rounded to integers that lose least.
+
+    A channel's counts are smoothed by one for each level; those of a context by `CONTEXT_PRIOR` symbols of its channel's distribution.
 
     Raises:
         BundleError: `bits` outside 1..8, no symbols, or a symbol of 2**bits or more.
     """
     if not 1 <= bits <= 8 or symbols.ndim != 4 or symbols.size == 0 or symbols.max() >= 1 << bits:
         raise BundleError(f"tables of {bits} bits cannot be built from symbols of shape {symbols.shape}; give (N, h, H, W) symbols below 2**bits, bits 1 to 8.")
-    precision = max(12, bits + 6)
-    rows = []
-    for channel in range(symbols.shape[1]):
-        counts = np.bincount(symbols[:, channel].ravel(), minlength=1 << bits).astype(np.int64) + 1
-        rows.append(_rounded(counts, 1 << precision))
-    return CodecTables(bits, precision, tuple(rows))
+    levels = 1 << bits
+    precision = max(12, bits + 6) if contexts == 1 else max(10, bits + 4)  # many tables are to stay small
+    rows = symbols.shape[1] * contexts
+    places = context_rows(symbols, levels, contexts) * levels + symbols
+    counts = np.bincount(places.ravel(), minlength=rows * levels).reshape(symbols.shape[1], contexts, levels)
+    whole = counts.sum(1, keepdims=True) + 1
+    shares = whole if contexts == 1 else counts + CONTEXT_PRIOR * whole / whole.sum(2, keepdims=True)
+    return CodecTables(bits, precision, tuple(_rounded(row, 1 << precision) for row in shares.reshape(rows, levels)), contexts)
 
 
-def _rounded(counts: NDArray[np.int64], total: int) -> tuple[int, ...]:
+def _rounded(counts: NDArray[Any], total: int) -> tuple[int, ...]:
     """Integers of at least 1 that add up to `total`, as near to proportional to `counts` as a greedy choice gets."""
-    freqs = np.maximum(counts * total // counts.sum(), 1)
+    freqs = np.maximum(counts * total // counts.sum(), 1).astype(np.int64)
     while (missing := total - int(freqs.sum())) != 0:
         if missing > 0:  # one more is worth most where count/frequency is highest
             freqs[np.argmax(counts / freqs)] += 1
@@ -142,9 +178,9 @@ def _rounded(counts: NDArray[np.int64], total: int) -> tuple[int, ...]:
 
 
 def _check_shape(shape: tuple[int, ...], tables: CodecTables) -> int:
-    if len(shape) != 3 or shape[0] != len(tables.freqs) or min(shape) < 1:
+    if len(shape) != 3 or shape[0] != tables.channels or min(shape) < 1:
         raise BundleError(
-            f"symbols of shape {tuple(shape)} do not fit codec tables of {len(tables.freqs)} channels; the halves and the codec do not belong together."
+            f"symbols of shape {tuple(shape)} do not fit codec tables of {tables.channels} channels; the halves and the codec do not belong together."
         )
     return shape[1] * shape[2]
 
@@ -158,7 +194,8 @@ def encode(symbols: NDArray[np.uint8], tables: CodecTables) -> bytes:
     plane = _check_shape(symbols.shape, tables)
     flat = np.ascontiguousarray(symbols, dtype=np.uint8).tobytes()
     try:
-        return _encode(flat, tables.freq_array, tables.start_array, tables.slot_array, plane, tables.levels, tables.precision)
+        arrays = tables.freq_array, tables.start_array, tables.slot_array
+        return _encode(flat, *arrays, plane, tables.levels, tables.precision, symbols.shape[2], tables.contexts)
     except ValueError as error:
         raise BundleError(f"symbols do not fit codec tables of {tables.bits} bits ({error}); the device half and the codec do not belong together.") from error
 
@@ -172,7 +209,7 @@ def decode(payload: bytes, shape: tuple[int, int, int], tables: CodecTables) -> 
     """
     plane = _check_shape(shape, tables)
     try:
-        flat = _decode(payload, tables.freq_array, tables.entry_array, plane, tables.levels, tables.precision)
+        flat = _decode(payload, tables.freq_array, tables.entry_array, plane, tables.levels, tables.precision, shape[2], tables.contexts)
     except ValueError as error:
         raise FrameError(f"payload of {len(payload)} bytes does not hold {math.prod(shape)} coded symbols ({error}); send the image again.") from error
     return np.frombuffer(flat, dtype=np.uint8).reshape(shape)
@@ -180,7 +217,6 @@ def decode(payload: bytes, shape: tuple[int, int, int], tables: CodecTables) -> 
 
 def entropy_bits(symbols: NDArray[np.uint8], tables: CodecTables) -> float:
     """Cross-entropy of `symbols`, uint8 (h, H, W), under the tables, in bits."""
-    plane = _check_shape(symbols.shape, tables)
-    channels = np.repeat(np.arange(len(tables.freqs)), plane)
-    freqs = tables.freq_array[channels, symbols.ravel()].astype(np.float64)
+    _check_shape(symbols.shape, tables)
+    freqs = tables.freq_array[context_rows(symbols, tables.levels, tables.contexts), symbols].astype(np.float64)
     return float(np.sum(tables.precision - np.log2(freqs)))

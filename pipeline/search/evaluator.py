@@ -28,7 +28,7 @@ from pipeline.data import EVALUATION_BATCH, Split, normalise
 from pipeline.errors import ModelError
 from pipeline.inference import accuracy, outputs
 from pipeline.losses import feature_loss, logits_loss
-from pipeline.networks import layers_up_to, pruner, split_network
+from pipeline.networks import contexts_of, layers_up_to, pruner, split_network
 from pipeline.params import Codec, Search
 from pipeline.runtime import coder
 from pipeline.runtime.device import encode_webp
@@ -175,7 +175,7 @@ class Evaluator:
                 symbols = on_device(normalise(part))
                 right += int((on_edge(symbols).argmax(1) == truth).sum())
             coded.extend(symbols.numpy()[: max(0, SAMPLE_IMAGES - len(coded))])
-        tables = coder.build_tables(outputs(on_device, self.images[:SAMPLE_IMAGES]).numpy(), candidate.bits)
+        tables = coder.build_tables(outputs(on_device, self.images[:SAMPLE_IMAGES]).numpy(), candidate.bits, contexts_of(candidate))
         payloads = [len(coder.encode(symbols, tables)) for symbols in coded]
 
         feature, code = torch.zeros(1, *network.codec.feature_shape), torch.from_numpy(coded[0][None])

@@ -19,7 +19,7 @@ from models.cutting import split
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted, ModelError
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
-from pipeline.networks import split_network
+from pipeline.networks import contexts_of, split_network
 from pipeline.onnx_export import OPSET, export_onnx
 from pipeline.params import Params
 from pipeline.parity import check_split, check_whole
@@ -75,7 +75,7 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         if quantised:
             calibration = torch.split(load_split("train")[0][:CALIBRATION_IMAGES], 1)
             files[DEVICE] = quantise(files[DEVICE], (preprocessing.tensor(image.numpy()) for image in calibration))
-        tables = build_tables(_symbols(files[DEVICE], preprocessing), candidate.bits)
+        tables = build_tables(_symbols(files[DEVICE], preprocessing), candidate.bits, contexts_of(candidate))
         parity["split"] = check_split(network, files[DEVICE], files[EDGE], tables, preprocessing, validation, quantised)
     _load(backbone, paths.reference_weights)
     reference = files[DEVICE_ONLY] = export_onnx(backbone, example, input_name="image", output_name="logits")

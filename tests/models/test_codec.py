@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.codec import CodebookCodec, CodecSpec, FeatureCodec, RateCodec, SymbolCodec
+from models.codec import CodebookCodec, CodecSpec, FeatureCodec, RateCodec, SymbolCodec, context_count, context_rows
 from models.codecs import CODECS as ALL
 from models.codecs import build_codec
 from models.jscc import ChannelCodec
 from pipeline.errors import ModelError
+from pipeline.runtime import coder, rans_twin
 
 SYMBOLS = ["uniform", "codebook", "rate"]
 NOISY = ["jscc-awgn", "jscc-bec", "jscc-bsc"]
@@ -155,25 +156,42 @@ def test_a_rate_in_the_loss_buys_fewer_bits_for_more_distortion() -> None:
     assert points[0][1] <= points[1][1] + 0.01 <= points[2][1] + 0.02
 
 
-def test_counted_bits_are_the_empirical_entropy_of_a_channel() -> None:
-    codec = symbol_codec("rate", (2, 16, 16), 2, 1, 2, 1e-3)
+def test_counted_bits_are_the_entropy_given_the_neighbours() -> None:
+    codec = symbol_codec("rate", (3, 16, 16), 3, 1, 2, 1e-3)
     assert isinstance(codec, RateCodec)
     torch.manual_seed(0)
     shares = torch.tensor([[0.5, 0.25, 0.125, 0.125], [1.0, 0.0, 0.0, 0.0]])
-    draw = [torch.multinomial(row, 64 * 256, replacement=True).reshape(64, 16, 16) for row in shares]
-    symbols = torch.stack(draw, 1).to(torch.uint8)
+    independent = [torch.multinomial(row, 64 * 256, replacement=True).reshape(64, 16, 16) for row in shares]
+    repeated = torch.randint(4, (64, 1, 1)).expand(64, 16, 16)  # its neighbours tell all, but for the first
+    symbols = torch.stack([*independent, repeated], 1).to(torch.uint8)
     u = codec.dequantise(symbols)
     for _ in range(300):
         codec.loss(u, symbols, u)
-    assert float(codec.bits_of(symbols[:, :1]).mean()) == pytest.approx(1.75, abs=0.02)
-    assert float(codec.bits_of(symbols)[:, 1].mean()) < 0.001
-    assert float(codec.loss(u, symbols, u)) == pytest.approx(1e-3 * float(codec.bits_of(symbols).sum()) / 64, rel=1e-3)
+    bits = codec.bits_of(symbols)
+    assert float(bits[:, 0].mean()) == pytest.approx(1.75, abs=0.03)
+    assert float(bits[:, 1].mean()) < 0.02
+    assert float(bits[:, 2].sum((1, 2)).mean()) == pytest.approx(2, abs=0.6)
+    assert float(codec.loss(u, symbols, u)) == pytest.approx(1e-3 * float(bits.sum()) / 64, rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 6])
+def test_training_counts_by_the_coders_contexts(bits: int) -> None:
+    symbols = torch.randint(2**bits, (3, 2, 5, 4), dtype=torch.uint8)
+    contexts = context_count(bits)
+    assert contexts == coder.context_count(bits)
+    found = context_rows(symbols, 2**bits, contexts).numpy()
+    assert (found == coder.context_rows(symbols.numpy(), 2**bits, contexts)).all()
+    tables = coder.build_tables(symbols.numpy(), bits, contexts)
+    flat = symbols[0].numpy().tobytes()
+    rows = [place // 20 * contexts + rans_twin.context(flat, place, 20, 2**bits, 4, contexts) for place in range(40)]
+    assert rows == found[0].ravel().tolist()
+    assert tables.channels == 2
 
 
 def test_the_gradient_of_the_rate_leads_to_the_cheaper_neighbour() -> None:
     codec = symbol_codec("rate", (1, 2, 2), 1, 1, 2, 1.0).eval()
     assert isinstance(codec, RateCodec)
-    codec.frequencies.copy_(torch.tensor([[0.1, 0.6, 0.2, 0.1]]))
+    codec.counts.copy_(1000 * torch.tensor([0.1, 0.6, 0.2, 0.1]).expand(1, 8, 4))
     u = torch.tensor([0.2, 0.5, 0.9, 1.0]).reshape(1, 1, 2, 2).requires_grad_(True)
     symbols = codec.quantise(u)
     codec.loss(u, symbols, codec.dequantise(symbols)).backward()

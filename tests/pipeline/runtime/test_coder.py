@@ -19,16 +19,17 @@ def tables(draw, max_channels=3):
     bits = draw(st.integers(1, 8))
     precision = draw(st.integers(max(bits, 8), 14))
     rows = []
-    for _ in range(draw(st.integers(1, max_channels))):
+    contexts = draw(st.sampled_from([1, 1, 2, min(2 << bits, 32)]))
+    for _ in range(draw(st.integers(1, max_channels)) * contexts):
         weights = draw(npst.arrays(np.int64, 1 << bits, elements=st.integers(1, 10) | st.integers(1, 10**6)))
         rows.append(coder._rounded(weights, 1 << precision))
-    return CodecTables(bits, precision, tuple(rows))
+    return CodecTables(bits, precision, tuple(rows), contexts)
 
 
 @st.composite
 def coded(draw):
     built = draw(tables())
-    shape = (len(built.freqs), draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    shape = (built.channels, draw(st.integers(1, 9)), draw(st.integers(1, 9)))
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     draws = {
@@ -38,7 +39,7 @@ def coded(draw):
         "commonest": lambda row: np.full(shape[1:], np.argmax(row)),
     }
     pick = draws[draw(st.sampled_from(sorted(draws)))]
-    return np.stack([pick(row) for row in built.freqs]).astype(np.uint8), built
+    return np.stack([pick(row) for row in built.freqs[:: built.contexts]]).astype(np.uint8), built
 
 
 def flat(built):
@@ -62,17 +63,17 @@ def test_every_array_round_trips_and_costs_less_than_8_bits_over_the_cross_entro
 @given(coded())
 def test_the_twin_writes_the_same_bytes_and_reads_them(case):
     symbols, built = case
-    plane, sizes = symbols[0].size, (built.levels, built.precision)
+    plane, sizes = symbols[0].size, (built.levels, built.precision, symbols.shape[2], built.contexts)
     payload = rans_twin.encode(symbols.tobytes(), *flat(built), plane, *sizes)
     assert payload == encode(symbols, built)
     assert rans_twin.decode(payload, built.freq_array, built.entry_array, plane, *sizes) == symbols.tobytes()
 
 
 @settings(max_examples=80, deadline=None)
-@given(tables(2), st.binary(max_size=40), st.integers(1, 12))
-def test_any_bytes_are_refused_or_are_the_one_encoding_of_what_they_decode_to(built, payload, plane):
-    shape = (len(built.freqs), 1, plane)
-    arguments = (built.freq_array, built.entry_array, plane, built.levels, built.precision)
+@given(tables(2), st.binary(max_size=40), st.integers(1, 5), st.integers(1, 4))
+def test_any_bytes_are_refused_or_are_the_one_encoding_of_what_they_decode_to(built, payload, height, width):
+    shape = (built.channels, height, width)
+    arguments = (built.freq_array, built.entry_array, height * width, built.levels, built.precision, width, built.contexts)
     try:
         symbols = decode(payload, shape, built)
     except FrameError:
@@ -137,6 +138,40 @@ def test_tables_follow_the_counts_and_never_give_a_level_nothing():
     assert sum(spike.freqs[0]) == 1 << 14
 
 
+def smooth(count: int, bits: int) -> np.ndarray:
+    """Symbols that resemble their neighbours, (count, 2, 12, 12)."""
+    noise = np.random.default_rng(bits).normal(size=(count, 2, 16, 16))
+    blurred = sum(noise[:, :, y : y + 12, x : x + 12] for y in range(5) for x in range(5)) / 5
+    return np.clip(np.round((blurred / 4 + 0.5) * (2**bits - 1)), 0, 2**bits - 1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
+def test_neighbours_tell_what_to_expect(bits):
+    drawn, fresh = smooth(400, bits), smooth(401, bits)[400]
+    static, conditional = build_tables(drawn, bits), build_tables(drawn, bits, coder.context_count(bits))
+    assert conditional.contexts == min(2 << bits, 32)
+    assert len(encode(fresh, conditional)) < 0.85 * len(encode(fresh, static))
+    assert np.array_equal(decode(encode(fresh, conditional), fresh.shape, conditional), fresh)
+    assert 8 * len(encode(fresh, conditional)) < entropy_bits(fresh, conditional) + 8
+
+
+def test_contexts_cost_next_to_nothing_where_neighbours_tell_nothing():
+    drawn = np.random.default_rng(0).choice(8, (3000, 2, 6, 6), p=np.arange(1, 9) / 36).astype(np.uint8)
+    costs = [sum(entropy_bits(image, tables) for image in drawn[2900:]) for tables in (build_tables(drawn[:2900], 3), build_tables(drawn[:2900], 3, 16))]
+    assert costs[1] < 1.01 * costs[0]
+
+
+def test_a_context_seen_once_falls_back_to_its_channel():
+    drawn = np.zeros((50, 1, 4, 4), np.uint8)
+    drawn[:, :, ::2] = 1
+    drawn[0] = 3
+    built = build_tables(drawn, 2, 8)
+    assert all(min(row) >= 1 and sum(row) == 1 << built.precision for row in built.freqs)
+    unseen = built.freqs[4]  # the sum of two neighbours is never 4
+    shares = (np.bincount(drawn.ravel(), minlength=4) + 1) / (drawn.size + 4)
+    assert np.array(unseen) / 1024 == pytest.approx(shares, abs=2e-3)
+
+
 def test_tables_survive_json_and_refuse_nonsense():
     built = build_tables(np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4), 4)
     fields = built.to_dict()
@@ -153,6 +188,9 @@ def test_tables_survive_json_and_refuse_nonsense():
         {"freqs": [[row[0] + 1, *row[1:]]]},
         {"freqs": [["a"] * 16]},
         {"freqs": 3},
+        {"contexts": 0},
+        {"contexts": 2},
+        {"contexts": 1.0},
     ):
         with pytest.raises(BundleError, match="codec tables"):
             CodecTables.from_dict({**fields, **change})
@@ -171,22 +209,28 @@ def test_the_extension_refuses_tables_of_the_wrong_size_instead_of_reading_past_
     built = build_tables(np.zeros((1, 2, 3, 3), np.uint8), 2)
     freqs, starts, slots = flat(built)
     for arguments in (
-        (bytes(18), freqs[:1], starts, slots, 9, 4, 12),
-        (bytes(18), freqs, starts[:1], slots, 9, 4, 12),
-        (bytes(18), freqs, starts, slots[:1], 9, 4, 12),
-        (bytes(17), freqs, starts, slots, 9, 4, 12),
-        (bytes(18), freqs, starts, slots, 9, 4, 13),
-        (bytes(18), freqs, starts, slots, 9, 4, 64),
-        (bytes(18), freqs, starts, slots, 0, 4, 12),
-        (bytes(18), freqs, starts, slots, 9, 0, 12),
-        (bytes(18), np.zeros_like(freqs), starts, slots, 9, 4, 12),
+        (bytes(18), freqs[:1], starts, slots, 9, 4, 12, 3, 1),
+        (bytes(18), freqs, starts[:1], slots, 9, 4, 12, 3, 1),
+        (bytes(18), freqs, starts, slots[:1], 9, 4, 12, 3, 1),
+        (bytes(17), freqs, starts, slots, 9, 4, 12, 3, 1),
+        (bytes(18), freqs, starts, slots, 9, 4, 13, 3, 1),
+        (bytes(18), freqs, starts, slots, 9, 4, 64, 3, 1),
+        (bytes(18), freqs, starts, slots, 0, 4, 12, 3, 1),
+        (bytes(18), freqs, starts, slots, 9, 0, 12, 3, 1),
+        (bytes(18), freqs, starts, slots, 9, 4, 12, 0, 1),
+        (bytes(18), freqs, starts, slots, 9, 4, 12, 2, 1),
+        (bytes(18), freqs, starts, slots, 9, 4, 12, 3, 0),
+        (bytes(18), freqs, starts, slots, 9, 4, 12, 3, 2),
+        (bytes(18), freqs, starts, slots, 9, 4, 12, 3, 9),
+        (bytes([9] * 18), freqs, starts, slots, 9, 4, 12, 3, 1),
+        (bytes(18), np.zeros_like(freqs), starts, slots, 9, 4, 12, 3, 1),
     ):
         with pytest.raises(ValueError, match=r"fit|range"):
             rans.encode(*arguments)
     with pytest.raises(ValueError, match="fit"):
-        rans.decode(b"", freqs, built.entry_array[:1], 9, 4, 12)
+        rans.decode(b"", freqs, built.entry_array[:1], 9, 4, 12, 3, 1)
     with pytest.raises(ValueError, match="out of range"):
-        rans.decode(b"", freqs, np.full_like(built.entry_array, 0xFFFFFFFF), 9, 4, 12)
+        rans.decode(b"", freqs, np.full_like(built.entry_array, 0xFFFFFFFF), 9, 4, 12, 3, 1)
 
 
 def test_without_the_extension_the_twin_is_used():
