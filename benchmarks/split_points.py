@@ -1,0 +1,196 @@
+"""Points of a front: a backbone split at a cut with one codec, trained from the backbone or from the point before it, and what it then costs.
+
+Trained weights and unfinished trainings lie under .coinfer/three-step/ of the example's folder, so a sweep goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.backbones import build_backbone
+from models.codec import CodecSpec, RateCodec, SymbolCodec, context_count
+from models.coinference import CoInference, build_split
+from models.cutting import count_macs, split
+from models.jscc import ChannelCodec
+from pipeline.data import Split, load_card, load_split
+from pipeline.distilling import Distiller
+from pipeline.files import atomic_write_bytes
+from pipeline.fingerprint import fingerprint
+from pipeline.inference import accuracy, outputs
+from pipeline.params import Finetune
+from pipeline.runtime import coder
+from pipeline.runtime.frame import OVERHEAD_BYTES
+from pipeline.training import DataModule, fit, weights_bytes
+
+STATE = Path(".coinfer/three-step")
+CODE = (
+    *(f"models/{name}.py" for name in ("channels", "cifar", "codec", "codecs", "baseline_codecs", "coinference", "jscc")),
+    *(f"pipeline/{name}.py" for name in ("data", "distilling", "losses", "training")),
+)
+THREADS = 2
+TABLE_IMAGES = 10_000
+SETTINGS = Finetune(
+    epochs=1, batch_size=128, learning_rate=0.02, weight_decay=5e-4, ema_decay=0.998, distill_logits=4.0, distill_feature=0.2, flip=True, crop_padding=4
+)
+CODEC_RATE = 0.1  # peak learning rate while the backbone is frozen
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is trained: `weights` (a safetensors file) of `backbone`, split at `cut`, with `codec`, on from `before` if there is one."""
+
+    backbone: str
+    weights: str
+    cut: str
+    codec: CodecSpec
+    epochs: int
+    codec_epochs: int = 0
+    seed: int = 0
+    before: Point | None = None
+
+    @property
+    def name(self) -> str:
+        codec = self.codec
+        rate = f" {codec.rate_weight:g}" if codec.kind == "rate" else ""
+        return f"{self.backbone} {self.cut} {codec.kind} {codec.code_channels}ch /{codec.stride} {codec.bits}bit{rate}, seed {self.seed}"
+
+    def key(self) -> str:
+        """Names everything its weights depend on."""
+        fields = asdict(self) | {"before": self.before.key() if self.before else None, "weights": _digest(Path(self.weights))}
+        known = [fields, load_card().sha256, SETTINGS.model_dump(), CODEC_RATE, fingerprint(CODE, self.backbone)]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def backbone_of(point: Point) -> nn.Module:
+    card = load_card()
+    return build_backbone(point.backbone, card.num_classes, card.image_size, Path(point.weights)).eval()
+
+
+def trained(point: Point) -> CoInference:
+    """The network of `point`, trained now unless it was before; so are the points before it."""
+    backbone, example = backbone_of(point), torch.zeros(1, 3, 32, 32)
+    torch.manual_seed(point.seed)
+    network = build_split(backbone, example, point.cut, point.codec)
+    file = STATE / f"{point.key()}.safetensors"
+    if not file.exists():
+        if point.before is not None:
+            _take_over(network, trained(point.before))
+        teacher = split(copy.deepcopy(backbone), example, point.cut)
+        frozen = (network.head, network.tail)
+        _train(network, teacher, point, "codec", point.codec_epochs, CODEC_RATE, frozen)
+        _train(network, teacher, point, "all", point.epochs, SETTINGS.learning_rate, ())
+        atomic_write_bytes(file, weights_bytes(network))
+    network.load_state_dict(load_file(file))
+    return network.eval()
+
+
+def _train(network: CoInference, teacher: tuple[nn.Module, nn.Module], point: Point, phase: str, epochs: int, rate: float, frozen: Sequence[nn.Module]) -> None:
+    settings = SETTINGS.model_copy(update={"learning_rate": rate})
+    fit(
+        Distiller(network, teacher, settings, 0.0, frozen),
+        DataModule(load_split("train"), load_split("validation"), settings, point.seed),
+        name=f"{point.name}, {phase}",
+        epochs=epochs,
+        checkpoint_dir=STATE / f"{point.key()}-{phase}",
+        threads=THREADS,
+        precision=settings.precision,
+        log=lambda row: print(point.name, phase, {key: round(value, 4) for key, value in row.items()}, flush=True),
+    )
+
+
+@torch.no_grad()
+def _take_over(network: CoInference, before: CoInference) -> None:
+    """Weights of `before`; of its code channels, where `network` has fewer, those that the decoder leans on most."""
+    for part in ("head", "tail"):
+        getattr(network, part).load_state_dict(getattr(before, part).state_dict())
+    old, new = before.codec, network.codec
+    count = new.code_shape[0]
+    first = next(layer for layer in old.decode.modules() if isinstance(layer, (nn.ConvTranspose2d, nn.Conv2d)))
+    by_code = first.weight if isinstance(first, nn.ConvTranspose2d) else first.weight.transpose(0, 1)
+    chosen = by_code.flatten(1).norm(dim=1).argsort(descending=True)[:count].sort().values
+    source, target = old.state_dict(), new.state_dict()
+    for name, tensor in target.items():
+        had = source.get(name)
+        if had is None or had.ndim != tensor.ndim:
+            continue
+        for axis, (wide, narrow) in enumerate(zip(had.shape, tensor.shape, strict=True)):
+            if wide != narrow and wide == old.code_shape[0]:
+                had = had.index_select(axis, chosen)
+        if had.shape == tensor.shape:
+            tensor.copy_(had)
+
+
+def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
+    """Sizes of the coded `images` uint8 (N, 3, S, S), by tables of the training images: bits by the real coder, frames, cross-entropy, uncoded."""
+    codec = network.codec
+    if isinstance(codec, ChannelCodec):
+        return {"channel_uses": codec.channel_uses}
+    if not isinstance(codec, SymbolCodec):
+        bits = 32 * int(np.prod(codec.feature_shape))
+        return {"payload_bits": _size([bits]), "uncoded_bits": bits}
+    half, bits = network.device_half(), codec.spec.bits
+    train = load_split("train")[0]
+    tables = coder.build_tables(_symbols(half, train[:TABLE_IMAGES]), bits, context_count(bits) if isinstance(codec, RateCodec) else 1)
+    symbols = _symbols(half, images)
+    payloads, times = [], []
+    for code in symbols:
+        start = time.perf_counter()
+        payload = coder.encode(code, tables)
+        coder.decode(payload, code.shape, tables)
+        times.append((time.perf_counter() - start) * 1e3)
+        payloads.append(len(payload))
+    return {
+        "payload_bits": _size([8 * size for size in payloads]),
+        "frame_bytes": _size([size + OVERHEAD_BYTES for size in payloads]),
+        "cross_entropy_bits": float(np.mean([coder.entropy_bits(code, tables) for code in symbols])),
+        "uncoded_bits": bits * symbols[0].size,
+        "symbols": symbols[0].size,
+        "coder_ms": float(np.median(times)),
+    }
+
+
+def device_macs(network: CoInference) -> dict[str, int]:
+    """MACs of head and encoder for one image."""
+    feature = torch.zeros(1, *network.codec.feature_shape)
+    head, encoder = count_macs(network.head, torch.zeros(1, 3, 32, 32)), count_macs(network.codec.encode, feature)
+    return {"head_macs": sum(head.values()), "encoder_macs": sum(encoder.values())}
+
+
+def judged(network: CoInference, split_: Split) -> dict[str, Any]:
+    """Accuracy and sizes on one split."""
+    return {"accuracy": accuracy(network, split_), **cost(network, split_[0])}
+
+
+def measured(point: Point) -> dict[str, Any]:
+    """The row of `point`: what it is, and what it costs and classifies on validation."""
+    start = time.perf_counter()
+    network = trained(point)
+    seconds = time.perf_counter() - start
+    row = {"key": point.key(), "point": asdict(point) | {"before": point.before.key() if point.before else None}, "seconds": round(seconds, 1)}
+    return row | device_macs(network) | {"validation": judged(network, load_split("validation"))}
+
+
+def _symbols(half: nn.Module, images: Tensor) -> NDArray[np.uint8]:
+    found: NDArray[np.uint8] = outputs(half.eval(), images).numpy()
+    return found
+
+
+def _size(values: list[int]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 95))}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
