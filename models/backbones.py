@@ -59,7 +59,10 @@ def _own(name: str, num_classes: int, image_size: int) -> nn.Module:
         inspect.signature(build).bind(num_classes=num_classes, image_size=image_size)
     except TypeError as error:
         raise ModelError(f"backbone {name}: {function_name} is called as {function_name}(num_classes=..., image_size=...), but {_one_line(error)}.") from error
-    model = build(num_classes=num_classes, image_size=image_size)
+    try:
+        model = build(num_classes=num_classes, image_size=image_size)
+    except Exception as error:  # the user's function may raise anything
+        raise ModelError(f"backbone {name}: {function_name} raised {type(error).__name__} ({_one_line(error)}); mend it.") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"backbone {name}: {function_name} returned {type(model).__name__}; return a torch.nn.Module.")
     return model
@@ -108,7 +111,7 @@ def build_backbone(name: str, num_classes: int, image_size: int, weights: Path |
         model = _torchvision(name, num_classes, image_size)
     else:
         hint = _close(name, [*OURS, *classifiers])
-        raise ModelError(f"backbone.name {name!r} is unknown; use {', '.join(OURS)}, a torchvision classifier or package.module:function{hint}.")
+        raise ModelError(f"backbone {name!r} is unknown; use {', '.join(OURS)}, a torchvision classifier or package.module:function{hint}.")
     if weights is not None:
         _load(model, name, weights)
     return model

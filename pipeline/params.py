@@ -33,7 +33,9 @@ class Data(Section):
     source: Literal["digits", "cifar10", "folder"] = Field(description="scikit-learn's digits, torchvision's CIFAR10, or an image folder")
     path: str = Field(min_length=1, description="folder: holds train/CLASS/* and test/CLASS/*; cifar10: where torchvision keeps its files; digits: not read")
     image_size: int = Field(ge=8, le=1024, description="pixels; the shorter side is resized to this, then the centre cropped")
-    validation_fraction: float = Field(0.1, gt=0, le=0.5, description="every 1/fraction-th training image of a class, alternately to validation and gate")
+    validation_fraction: float = Field(
+        0.1, gt=0, le=0.5, description="share of the training images of each class that is held out, evenly spread, alternately for validation and gate"
+    )
 
 
 class Backbone(Section):

@@ -7,7 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +41,8 @@ def run(params: Params, tracker: Tracker) -> dict[str, Any]:
     """
     source = open_source(params.data)
     size = params.data.image_size
-    every = round(1 / params.data.validation_fraction)
-    splits = {name: (source.train, indices) for name, indices in divide(source.train.labels, every).items()}
+    held = Fraction(str(params.data.validation_fraction))
+    splits = {name: (source.train, indices) for name, indices in divide(source.train.labels, held).items()}
     splits["test"] = (source.test, turns(source.test.labels))
     for name, (_, indices) in splits.items():
         if not indices:
@@ -60,7 +62,7 @@ def run(params: Params, tracker: Tracker) -> dict[str, Any]:
                 "counts": {name: len(indices) for name, (_, indices) in splits.items()},
                 "channels": written["train"].statistics(),
                 "normalisation": {"mean": list(MEAN), "std": list(STD), "why": "the same for all data, so that weights trained elsewhere fit"},
-                "split_rule": f"within each class, in {source.order}, every {every}th training image, the first included, is held out, "
+                "split_rule": f"within each class, in {source.order}, {_share(held)}, the first included, is held out, "
                 "alternately to validation and gate; files hold the classes in turns",
                 "test_rule": source.test_rule,
                 "sha256": {**hashes, "all": hashlib.sha256("".join(hashes.values()).encode()).hexdigest()},
@@ -89,14 +91,18 @@ def turns(labels: Sequence[int]) -> list[int]:
     return sorted(range(len(labels)), key=lambda index: (rank[index], labels[index]))
 
 
-def divide(labels: Sequence[int], every: int) -> dict[str, list[int]]:
-    """Indices of the train, validation and gate splits: of each class every `every`-th is held out, the first to validation, the next to gate."""
+def divide(labels: Sequence[int], share: Fraction) -> dict[str, list[int]]:
+    """Indices of the train, validation and gate splits: of each class an evenly spread `share` is held out, the first to validation, the next to gate."""
     rank = ranks(labels)
     splits: dict[str, list[int]] = {"train": [], "validation": [], "gate": []}
     for index in turns(labels):
-        held, rest = divmod(rank[index], every)
-        splits["train" if rest else ("validation", "gate")[held % 2]].append(index)
+        before, after = ceil(rank[index] * share), ceil((rank[index] + 1) * share)
+        splits[("validation", "gate")[before % 2] if after > before else "train"].append(index)
     return splits
+
+
+def _share(held: Fraction) -> str:
+    return f"every {held.denominator}th training image" if held.numerator == 1 else f"{float(held):g} of the training images, evenly spread"
 
 
 class _Writer:

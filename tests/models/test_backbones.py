@@ -85,6 +85,7 @@ def own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
         "def small(num_classes, image_size):\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))\n"
         "def unsized(num_classes):\n    return nn.Identity()\n"
         "def number(num_classes, image_size):\n    return 3\n"
+        "def fragile(num_classes, image_size):\n    return nn.Linear(-1, num_classes)\n"
     )
     (tmp_path / "brokennets.py").write_text("import no_such_library\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -103,6 +104,7 @@ def test_own_function_builds_the_backbone(own_package: str) -> None:
         ("ownnets:smal", "has no function 'smal'; did you mean small"),
         ("ownnets:unsized", r"called as unsized\(num_classes=..., image_size=...\), but got an unexpected keyword argument 'image_size'"),
         ("ownnets:number", "returned int; return a torch.nn.Module"),
+        ("ownnets:fragile", r"fragile raised RuntimeError \(.*negative dimension.*\); mend it"),
         ("brokennets:small", r"'brokennets' cannot be imported \(No module named 'no_such_library'\)"),
         ("absentnets:small", "'absentnets' cannot be imported"),
     ],

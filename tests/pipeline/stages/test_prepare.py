@@ -70,6 +70,16 @@ def test_every_kth_of_a_class_is_held_out_alternately(folder: Path, digits_field
     assert held["train"] == [[place, green] for place in range(24) if place % 5 for green in (0, 1)]
 
 
+def test_a_share_that_is_no_one_in_k_is_held_out_evenly_too(folder: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
+    card = prepare.run(with_data(digits_fields, source="folder", path=str(folder), image_size=10, validation_fraction=0.4), tracker)
+    counts = card["counts"]
+    assert counts["validation"] + counts["gate"] == pytest.approx(0.4 * 48, abs=2)
+    assert abs(counts["validation"] - counts["gate"]) <= 2
+    assert "0.4 of the training images, evenly spread" in card["split_rule"]
+    places = sorted({place for name in ("validation", "gate") for place in load_split(name)[0][:, 0, 0, 0].tolist()})
+    assert places == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
+
+
 def test_hidden_files_are_no_images(folder: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
     params = with_data(digits_fields, source="folder", path=str(folder), image_size=10)
     counts = prepare.run(params, tracker)["counts"]
