@@ -34,7 +34,7 @@ class Data(Section):
     path: str = Field(min_length=1, description="folder: holds train/CLASS/* and test/CLASS/*; cifar10: where torchvision keeps its files; digits: not read")
     image_size: int = Field(ge=8, le=1024, description="pixels; the shorter side is resized to this, then the centre cropped")
     validation_fraction: float = Field(
-        0.1, gt=0, le=0.5, description="share of the training images of each class that is held out, evenly spread, alternately for validation and gate"
+        0.1, gt=0, le=0.5, description="share of each class held out of training, evenly spread, alternately for validation and gate"
     )
 
 
