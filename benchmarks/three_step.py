@@ -1,0 +1,169 @@
+"""The three-step framework against its baselines on CIFAR-10 (JPEG) -> results/three_step.json.
+
+Needs the data and weights that `make cifar10 DATA=... WEIGHTS=...` puts into examples/cifar10. Points that results/three_step.json holds already, with
+the same parameters and code, are not trained again, and the file is written after each one: stop it whenever you like, `--minutes` does it for you.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.results_file import RESULTS, ROOT, figure, write
+from benchmarks.split_points import Point, judged, measured, reference, trained
+from models.codec import CodecSpec
+from pipeline.data import load_card, load_split
+
+NAME = "three_step"
+WEIGHTS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
+CUTS = {
+    "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
+    "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
+}
+FIRST, FURTHER, CODEC_ALONE = 4, 2, 1  # epochs of a chain's first point, of each after it, and of the codec alone before the first
+RATES = {"first": (1e-4, 3e-4, 6e-4, 1e-3), "middle": (1e-4, 4e-4, 1e-3, 2e-3), "last": (3e-4, 1e-3, 3e-3, 6e-3)}
+SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
+    "first": ((16, 4, 4), ((16, 4, 4), (16, 4, 2), (12, 4, 2), (8, 4, 2))),
+    "middle": ((16, 4, 4), ((32, 4, 3), (24, 4, 2), (16, 4, 2), (12, 4, 2))),
+    "last": ((16, 4, 3), ((16, 4, 3), (12, 4, 2), (8, 4, 2), (8, 4, 1))),
+}
+LOSSES = (0.010, 0.005)
+TEST_LOSS = 0.0125
+
+Raw = dict[str, Any]
+
+
+def chains() -> Iterator[list[Point]]:
+    """Chains of points, each point starting from the one before it; what matters most comes first."""
+    for where, cut in CUTS["resnet20"].items():
+        rate, uniform = SIZES[where]
+        yield _chain("resnet20", cut, [CodecSpec("rate", *rate, rate_weight=weight) for weight in RATES[where]])
+        yield _chain("resnet20", cut, [CodecSpec("uniform", *size) for size in uniform])
+    for where, cut in CUTS["resnet20"].items():
+        stride = SIZES[where][0][1]
+        yield _chain("resnet20", cut, [CodecSpec("bottlenet++", width, stride, 8) for width in (8, 4, 2)])
+        yield _chain("resnet20", cut, [CodecSpec("codebook", *SIZES[where][1][1])])
+    for where, cut in CUTS["resnet56"].items():
+        rate, _ = SIZES[where]
+        yield _chain("resnet56", cut, [CodecSpec("rate", *rate, rate_weight=weight) for weight in RATES[where][:3]])
+
+
+def _chain(backbone: str, cut: str, codecs: list[CodecSpec]) -> list[Point]:
+    points: list[Point] = []
+    for codec in codecs:
+        first = not points
+        epochs, alone = (FIRST, CODEC_ALONE) if first else (FURTHER, 0)
+        points.append(Point(backbone, WEIGHTS[backbone], cut, codec, epochs, alone, before=None if first else points[-1]))
+    return points
+
+
+def figures_of(raw: Raw) -> dict[str, Any]:
+    """The issue's figures that can be had from what was run so far."""
+    found: dict[str, Any] = {}
+    rows = list(raw["points"].values())
+    for backbone, cuts in CUTS.items():
+        best = raw["references"].get(backbone)
+        found[f"reference_accuracy.{backbone}"] = (
+            figure(best["test"], "share", "top-1 on test of the better on validation of the backbone as it came and after as many further epochs")
+            if best
+            else figure(None, "share", "not run yet")
+        )
+        for where, cut in cuts.items():
+            here = [row for row in rows if row["point"]["backbone"] == backbone and row["point"]["cut"] == cut]
+            ours = [row for row in here if row["point"]["codec"]["kind"] in ("uniform", "codebook", "rate")]
+            point = _cheapest(ours, best, LOSSES[0])
+            found[f"bits_at_1pt.{backbone}.{where}"] = _bits(point, best, "payload_bits", "mean payload bits of the cheapest codec at most 1 point below")
+            found[f"frame_bytes_at_1pt.{backbone}.{where}"] = _bits(point, best, "frame_bytes", "mean frame bytes of the same point")
+            if backbone == "resnet20":
+                others = [row for row in here if row["point"]["codec"]["kind"] == "bottlenet++"]
+                found |= _against_bottlenet(point, others, best, where)
+    return found
+
+
+def _cheapest(rows: list[Raw], best: Raw | None, loss: float, size: str = "payload_bits") -> Raw | None:
+    """Of the points at most `loss` below the reference on validation the one of fewest bits."""
+    good = [row for row in rows if best and best["validation"] - row["validation"]["accuracy"] <= loss + 1e-9]
+    return min(good, key=lambda row: _mean(row["validation"][size]), default=None)
+
+
+def _mean(size: Any) -> float:
+    return float(size["mean"] if isinstance(size, dict) else size)
+
+
+def _bits(point: Raw | None, best: Raw | None, size: str, how: str) -> dict[str, Any]:
+    unit = "bytes" if size == "frame_bytes" else "bits"
+    if point is None or best is None:
+        return figure(None, unit, "no point that was run is within 1 point on validation")
+    if "test" not in point:
+        return figure(None, unit, "not judged on test yet")
+    loss = best["test"] - point["test"]["accuracy"]
+    label = f"{how}: {_label(point)}, loses {100 * loss:.2f} points on test, {100 * (best['validation'] - point['validation']['accuracy']):.2f} on validation"
+    if loss > TEST_LOSS:
+        return figure(None, unit, f"{label}, more than {100 * TEST_LOSS:g}")
+    return figure(_mean(point["test"][size]), unit, label)
+
+
+def _against_bottlenet(point: Raw | None, others: list[Raw], best: Raw | None, where: str) -> dict[str, Any]:
+    found = {}
+    for name, size in (("bits_over_bottlenetpp", "uncoded_bits"), ("bits_over_bottlenetpp_coded", "payload_bits")):
+        other = _cheapest(others, best, LOSSES[0], size)
+        if point is None or other is None or "test" not in point or "test" not in other:
+            found[f"{name}.{where}"] = figure(None, "ratio", "no point of ours or of theirs is within 1 point on validation, or none judged yet")
+        else:
+            ratio = _mean(point["test"]["payload_bits"]) / _mean(other["test"][size])
+            found[f"{name}.{where}"] = figure(ratio, "ratio", f"{_label(point)} over {_label(other)}, {size.replace('_', ' ')}")
+    return found
+
+
+def _label(row: Raw) -> str:
+    codec = row["point"]["codec"]
+    rate = f" {codec['rate_weight']:g}" if codec["kind"] == "rate" else ""
+    return f"{codec['kind']}{rate} {codec['code_channels']}ch /{codec['stride']} {codec['bits']}bit"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further point after this long")
+    parser.add_argument("--only", default="", help="only points whose name holds this")
+    arguments = parser.parse_args()
+    os.chdir(ROOT / "examples/cifar10")
+    file, start = RESULTS / f"{NAME}.json", time.monotonic()
+    raw: Raw = json.loads(file.read_text())["raw"] if file.exists() else {"points": {}, "references": {}}
+
+    def save() -> None:
+        write(NAME, dataset={"name": "CIFAR-10 (JPEG)", "hash": load_card().sha256}, seeds=[0], figures=figures_of(raw), raw=raw)
+
+    def in_time() -> bool:
+        return (time.monotonic() - start) / 60 < arguments.minutes
+
+    for point in (point for chain in chains() for point in chain if arguments.only in point.name):
+        if raw["points"].get(point.name, {}).get("key") == point.key():
+            continue
+        if not in_time():
+            break
+        raw["points"][point.name] = measured(point)
+        save()
+    for backbone, weights in WEIGHTS.items():
+        if arguments.only in backbone and in_time() and raw["references"].get(backbone, {}).get("weights") != weights:
+            raw["references"][backbone] = reference(backbone, weights, FIRST + FURTHER)
+            save()
+    test = load_split("test")
+    for chain in chains():
+        for point in chain:
+            row = raw["points"].get(point.name)
+            best = raw["references"].get(point.backbone)
+            if row and best and "test" not in row and best["validation"] - row["validation"]["accuracy"] <= LOSSES[0]:
+                row["test"] = judged(trained(point), test)
+    save()
+
+
+if __name__ == "__main__":
+    main()
