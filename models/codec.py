@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import ModelError
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 COUNTING_MOMENTUM = 0.05  # a batch holds thousands of symbols a channel
 LEAST_FREQUENCY = 1e-3  # near what the coder's tables give a symbol never seen
 CONTEXT_PRIOR = 0.01  # symbols an image, by which a context leans on its channel's distribution
@@ -94,6 +95,7 @@ class CodecSpec:
         rate_weight: loss per coded bit of an image (`rate`).
         commitment: weight of the pull of the code towards its codebook (`codebook`), as in VQ-VAE (arXiv 1711.00937).
         noise: least and largest noise level of the channel (jscc kinds): sigma, or the probability to lose or flip a bit.
+        points: (channels, bits) of each operating point, the most expensive first (`multi-rate`).
 
     Raises:
         ModelError: a value out of range.
@@ -106,6 +108,7 @@ class CodecSpec:
     rate_weight: float = 0.0
     commitment: float = 0.25
     noise: tuple[float, float] = (0.05, 0.3)
+    points: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -197,6 +200,10 @@ class SymbolCodec(FeatureCodec):
         """The codec's own term of the training loss, a scalar."""
         return u.new_zeros(())
 
+    def received(self, symbols: Tensor) -> Tensor:
+        """What arrives of `symbols`, uint8 (B, h, H', W'), at the operating point in force: the same shape."""
+        return symbols
+
 
 class UniformCodec(SymbolCodec):
     """2^bits evenly spaced levels, passed straight through in training."""
@@ -267,6 +274,71 @@ def context_rows(symbols: Tensor, levels: int, contexts: int) -> Tensor:
     context = (left + above) * (contexts - 1) // (2 * levels - 1)
     context[..., 0, 0] = contexts - 1
     return context + contexts * torch.arange(values.shape[1], device=values.device).reshape(-1, 1, 1)
+
+
+class Embedding(nn.Module):
+    """u in [0, 1] -> floor(256 u) as uint8, the first bits of which are a coarser quantisation of u."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.clamp(torch.floor(u * 256), 0, 255).to(torch.uint8)
+
+
+class Middle(nn.Module):
+    """uint8 -> the middle of what it stands for, (symbol + 1/2)/256."""
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        return (symbols.float() + 0.5) / 256
+
+
+class MultiRateCodec(SymbolCodec):
+    """One codec for several rates: each training batch is coded at an operating point drawn at random, in evaluation at `point` (the first unless set).
+
+    A point (channels, bits) sends the most significant bits of the first channels only; the edge takes the middle for the rest, so one pair of halves
+    serves all. The decoder has no batch norm, whose statistics would be another's at every point.
+    """
+
+    kind = "multi-rate"
+
+    def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
+        super().__init__(spec, shape, restored_channels)
+        if not spec.points or any(not (1 <= channels <= spec.code_channels and 1 <= bits <= 8) for channels, bits in spec.points):
+            raise ModelError(f"codec multi-rate: points are {list(spec.points)}; give pairs of channels, 1 to {spec.code_channels}, and bits, 1 to 8.")
+        self.quantise, self.dequantise, self.point = Embedding(), Middle(), 0
+
+    def build_decoder(self) -> nn.Module:
+        decoder = super().build_decoder()
+        assert isinstance(decoder, nn.Sequential)
+        return nn.Sequential(*(Shift(layer.num_features) if isinstance(layer, NORMS) else layer for layer in decoder))
+
+    def code(self, x: Tensor) -> Coded:
+        u = self.encode(x)
+        if self.training:
+            self.point = int(torch.randint(len(self.spec.points), ()).item())
+        channels, _ = self.spec.points[self.point]
+        v = self.dequantise(self.received(self.quantise(u)))
+        sent = torch.arange(u.shape[1], device=u.device).reshape(-1, 1, 1) < channels
+        return Coded(self.decode(v + (u - u.detach()) * sent), u.new_zeros(()))
+
+    def train(self, mode: bool = True) -> Self:
+        self.point = 0
+        return super().train(mode)
+
+    def received(self, symbols: Tensor) -> Tensor:
+        channels, bits = self.spec.points[self.point]
+        middle = 128 >> bits
+        kept = ((symbols[:, :channels] >> (8 - bits)) << (8 - bits)) | middle if bits < 8 else symbols[:, :channels]
+        return torch.cat([kept, torch.full_like(symbols[:, channels:], 128)], dim=1)
+
+
+class Shift(nn.Module):
+    """x plus a learned number for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.reshape(-1, *[1] * (x.ndim - 2))
 
 
 class CodebookCodec(SymbolCodec):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.baseline_codecs import BottleNetCodec, PublicCodeCodec, PublicVectorCodec, RawByteCodec, RawFloatCodec
-from models.codec import CodebookCodec, CodecSpec, FeatureCodec, RateCodec, UniformCodec
+from models.codec import CodebookCodec, CodecSpec, FeatureCodec, MultiRateCodec, RateCodec, UniformCodec
 from models.jscc import AwgnCodec, BitFlipCodec, ErasureCodec
 from pipeline.errors import ModelError
 
-_OURS = (UniformCodec, CodebookCodec, RateCodec, AwgnCodec, ErasureCodec, BitFlipCodec)
+_OURS = (UniformCodec, CodebookCodec, RateCodec, MultiRateCodec, AwgnCodec, ErasureCodec, BitFlipCodec)
 _BASELINES = (RawFloatCodec, RawByteCodec, BottleNetCodec, PublicCodeCodec, PublicVectorCodec)
 
 CODECS: dict[str, type[FeatureCodec]] = {codec.kind: codec for codec in (*_OURS, *_BASELINES)}

@@ -49,7 +49,7 @@ class CoInference(nn.Module):
         Raises:
             ModelError: the codec has no symbols.
         """
-        codec = self._symbol_codec()
+        codec = self.symbol_codec()
         return self._half(self.head, codec.encode, codec.quantise)
 
     def edge_half(self) -> nn.Module:
@@ -58,10 +58,15 @@ class CoInference(nn.Module):
         Raises:
             ModelError: the codec has no symbols.
         """
-        codec = self._symbol_codec()
+        codec = self.symbol_codec()
         return self._half(codec.dequantise, codec.decode, self.tail)
 
-    def _symbol_codec(self) -> SymbolCodec:
+    def symbol_codec(self) -> SymbolCodec:
+        """The codec, which has symbols.
+
+        Raises:
+            ModelError: it has none.
+        """
         if not isinstance(self.codec, SymbolCodec):
             raise ModelError(f"codec {self.codec.kind} sends no symbols a frame could carry and can only be evaluated; choose another codec.kind to export.")
         return self.codec

@@ -152,6 +152,7 @@ def device(
     source: Annotated[Path, typer.Option("--source", help="an image or a folder of images")],
     edge: Annotated[str | None, typer.Option("--edge", metavar="HOST:PORT", help="left out: everything runs here")] = None,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
+    point: Annotated[int, typer.Option(min=0, help="operating point, 0 the most accurate; only a multi-rate bundle has several")] = 0,
 ) -> None:
     """Run the device half on images; print one JSON line an image."""
     from pipeline.runtime.bundle import Bundle
@@ -159,7 +160,7 @@ def device(
     from pipeline.runtime.transport import TcpTransport
 
     transport = TcpTransport.at(edge) if edge else None
-    for record in classify_directory(Bundle.load(bundle), transport, [source], threads=threads):
+    for record in classify_directory(Bundle.load(bundle), transport, [source], threads=threads, point=point):
         print(json.dumps(record), flush=True)
 
 

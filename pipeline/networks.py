@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.channel_plan import ChannelPlan
@@ -11,7 +13,7 @@ from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
 from models.cutting import CutPoint
 from models.pruning import Pruner
-from pipeline.runtime.coder import context_count
+from pipeline.runtime.coder import CodecTables, build_embedded_tables, build_tables, context_count
 from pipeline.search.candidate import OUTPUT, Candidate
 
 
@@ -36,13 +38,16 @@ def codec_spec(candidate: Candidate, commitment: float = 0.0) -> CodecSpec:
     assert candidate.code_channels is not None
     assert candidate.stride is not None
     assert candidate.bits is not None
-    return CodecSpec(candidate.codec, candidate.code_channels, candidate.stride, candidate.bits, candidate.rate_weight or 0.0, commitment)
+    size = candidate.code_channels, candidate.stride, candidate.bits
+    return CodecSpec(candidate.codec, *size, candidate.rate_weight or 0.0, commitment, points=candidate.points)
 
 
-def contexts_of(candidate: Candidate) -> int:
-    """How many tables a channel the coder has for a split `candidate`: what its training counted on."""
+def tables_of(candidate: Candidate, symbols: NDArray[np.uint8]) -> tuple[CodecTables, ...]:
+    """The coder's tables of a split `candidate`, one for each operating point, from `symbols` uint8 (N, h, H, W) of its device half."""
     assert candidate.bits is not None
-    return context_count(candidate.bits) if candidate.codec == "rate" else 1
+    if candidate.points:
+        return tuple(build_embedded_tables(symbols, *point) for point in candidate.points)
+    return (build_tables(symbols, candidate.bits, context_count(candidate.bits) if candidate.codec == "rate" else 1),)
 
 
 def split_network(backbone: nn.Module, example: Tensor, candidate: Candidate, plan: ChannelPlan | None = None, commitment: float = 0.0) -> CoInference:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ParamsError
 from pipeline.paths import PARAMS
@@ -66,10 +66,18 @@ class Pretrain(Training):
 
 
 class Codec(Section):
-    kind: Literal["uniform", "codebook", "rate"] = Field(
-        "uniform", description="evenly spaced levels, a learned scalar codebook, or levels trained to cost few bits"
+    kind: Literal["uniform", "codebook", "rate", "multi-rate"] = Field(
+        "uniform", description="evenly spaced levels, a learned scalar codebook, levels trained to cost few bits, or one codec for several rates"
     )
+    shares: list[Fraction] = Field([1.0, 0.5, 0.25], min_length=1, description="multi-rate: of the code's channels, at each operating point, most first")
+    bits: list[Annotated[int, Field(ge=1, le=8)]] = Field([4, 3, 2], min_length=1, description="multi-rate: of a symbol, at each of these points")
     commitment: NonNegative = Field(0.25, description="codebook: weight of the pull of the code towards its nearest value")
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if len(self.shares) != len(self.bits):
+            raise ValueError(f"shares has {len(self.shares)} values and bits {len(self.bits)}; give one of each for every operating point")
+        return self
 
 
 class Finetune(Training):

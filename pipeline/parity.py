@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.codec import MultiRateCodec
 from models.coinference import CoInference
 from pipeline.data import EVALUATION_BATCH
 from pipeline.errors import FrameError, ParityError
 from pipeline.inference import predict_logits
 from pipeline.runtime.bundle import open_session
-from pipeline.runtime.coder import CodecTables, decode, encode
+from pipeline.runtime.coder import CodecTables, as_received, decode, encode
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.preprocess import Preprocessing
 
@@ -52,12 +53,12 @@ def check_split(
     network: CoInference,
     device: bytes,
     edge: bytes,
-    tables: CodecTables,
+    points: Sequence[CodecTables],
     preprocessing: Preprocessing,
     images: Tensor,
     quantised: bool = False,
 ) -> Numbers:
-    """Compare both halves with `network` on `images`, uint8 (N, 3, S, S), the edge half on the very symbols the device half gives.
+    """Compare both halves with `network` on `images`, uint8 (N, 3, S, S), the edge half on the very symbols the device half gives, at every operating point.
 
     A `quantised` device half is another network than the trained one: it is compared with itself, many images at a time instead of one by one, and the
     chain with the trained edge half on those symbols.
@@ -69,21 +70,30 @@ def check_split(
     symbols = _one_by_one(device, _tensors(images, preprocessing))
     wanted = _many(device, preprocessing, images) if quantised else predict_logits(network.device_half(), images).numpy()
     steps = np.abs(symbols.astype(np.int16) - wanted)
-    differing, allowed = int((steps > 0).sum()), 1 + SYMBOL_SHARE_PER_LEVEL * 2**tables.bits * steps.size
+    bits = 8 if points[0].embedded else points[0].bits
+    differing, allowed = int((steps > 0).sum()), 1 + SYMBOL_SHARE_PER_LEVEL * 2**bits * steps.size
     if differing > allowed or steps.max() > 1:
         other = "itself run on many images at once" if quantised else "the trained network"
         raise ParityError(
             f"device.onnx gives {differing} of {steps.size} symbols unlike {other} on the validation images, "
             f"by up to {steps.max()} levels, where {allowed:.1f} by one level are allowed; {ADVICE}."
         )
-    for index, code in enumerate(symbols):
-        _check_frame(index, code, tables)
-    logits = _one_by_one(edge, np.split(symbols, len(symbols)))
-    chain = _edge_logits(network, wanted) if quantised else predict_logits(network, images)
-    numbers = _compare(logits, _edge_logits(network, symbols), "edge.onnx", top1=chain)
-    if quantised:
-        numbers["top1_equal_unquantised"] = float((logits.argmax(1) == predict_logits(network, images).argmax(1).numpy()).mean())
-    return {"symbols": steps.size, "symbols_differing": differing, "symbols_allowed": allowed, "frames_exact": len(symbols), **numbers}
+    found = []
+    for index, tables in enumerate(points):
+        if isinstance(network.codec, MultiRateCodec):
+            network.codec.point = index
+        arrived = as_received(symbols, tables)
+        for place, code in enumerate(symbols):
+            _check_frame(place, code, arrived[place], tables)
+        logits = _one_by_one(edge, np.split(arrived, len(arrived)))
+        whole = predict_logits(network, images)
+        chain = _edge_logits(network, as_received(wanted, tables)) if quantised else whole
+        found.append(_compare(logits, _edge_logits(network, arrived), "edge.onnx", top1=chain))
+        if quantised:
+            found[-1]["top1_equal_unquantised"] = float((logits.argmax(1) == whole.argmax(1).numpy()).mean())
+    worst = {name: (max if "difference" in name else min)(numbers[name] for numbers in found) for name in found[0]}
+    frames = len(symbols) * len(points)
+    return {"symbols": steps.size, "symbols_differing": differing, "symbols_allowed": allowed, "frames_exact": frames, **worst}
 
 
 @torch.no_grad()
@@ -98,12 +108,12 @@ def _many(model: bytes, preprocessing: Preprocessing, images: Tensor) -> NDArray
     return np.concatenate([session.run(None, {name: preprocessing.tensor(part.numpy())})[0] for part in torch.split(images, EVALUATION_BATCH)])
 
 
-def _check_frame(index: int, code: NDArray[np.uint8], tables: CodecTables) -> None:
+def _check_frame(index: int, code: NDArray[np.uint8], arrived: NDArray[np.uint8], tables: CodecTables) -> None:
     try:
         back = decode(unpack(pack(encode(code, tables), b"gate", Kind.SYMBOLS)).payload, code.shape, tables)
     except FrameError as error:
         raise ParityError(f"the frame of validation image {index} is refused ({error}); {ADVICE}.") from error
-    if not np.array_equal(back, code):
+    if not np.array_equal(back, arrived):
         raise ParityError(f"the frame of validation image {index} decodes to other symbols than were encoded; {ADVICE}.")
 
 

@@ -48,7 +48,7 @@ def edges(bundle: Bundle, reference: Path, edge_only: Mapping[str, Any], threads
                 preprocessing=bundle.preprocessing,
                 classes=bundle.classes,
                 files={EDGE: whole, DEVICE_ONLY: whole},
-                tables=None,
+                points=(),
                 extra={},
             )
         bundles.pop("device_only", None)

@@ -18,7 +18,8 @@ from pipeline.runtime.coder import CodecTables
 from pipeline.runtime.frame import BUNDLE_ID_BYTES
 from pipeline.runtime.preprocess import Preprocessing
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MAX_POINTS = 256  # a byte of the payload says which
 MANIFEST = "manifest.json"
 DEVICE = "device.onnx"  # float32 images -> uint8 symbols
 EDGE = "edge.onnx"  # uint8 symbols (edge-only: float32 images) -> logits
@@ -59,8 +60,9 @@ class Bundle:
         bundle = cls(path, manifest)
         for name in manifest["sha256"]:
             bundle.read(name)
-        if bundle.kind == "split" and bundle.tables.channels != bundle.code_shape[0]:
-            raise BundleError(f"{path / CODEC} has {bundle.tables.channels} channels where {DEVICE} gives {bundle.code_shape[0]}; export the bundle again.")
+        for point in bundle.points if bundle.kind == "split" else ():
+            if not _channels_fit(point, bundle.code_shape[0]):
+                raise BundleError(f"{path / CODEC} has {point.channels} channels where {DEVICE} gives {bundle.code_shape[0]}; export the bundle again.")
         return bundle
 
     def read(self, name: str) -> bytes:
@@ -109,8 +111,13 @@ class Bundle:
         return Preprocessing.from_dict(self.manifest["preprocessing"])
 
     @cached_property
-    def tables(self) -> CodecTables:
-        return CodecTables.from_dict(json.loads(self.read(CODEC)))
+    def points(self) -> tuple[CodecTables, ...]:
+        """The coder's tables of each operating point, the most expensive first; most codecs have one."""
+        fields = json.loads(self.read(CODEC))
+        found = fields.get("points") if isinstance(fields, dict) else None
+        if not isinstance(found, list) or not 1 <= len(found) <= MAX_POINTS:
+            raise BundleError(f"{self.path / CODEC} names no operating points; export the bundle again.")
+        return tuple(CodecTables.from_dict(point) for point in found)
 
     def session(self, name: str, threads: int) -> ort.InferenceSession:
         """An ONNX Runtime session of the file called `name`.
@@ -132,24 +139,25 @@ def write_bundle(
     preprocessing: Preprocessing,
     classes: Sequence[str],
     files: Mapping[str, bytes],
-    tables: CodecTables | None,
+    points: Sequence[CodecTables],
     extra: Mapping[str, Any],
 ) -> Bundle:
     """Write a bundle folder to `out`, whole or not at all, and load it back.
 
-    `files` holds the ONNX files of `kind` (`FILES`) by name, `extra` what else the manifest should say (cut, opset, versions), by key.
+    `files` holds the ONNX files of `kind` (`FILES`) by name, `points` the coder's tables of a split's operating points,
+    `extra` what else the manifest should say (cut, opset, versions), by key.
 
     Raises:
         BundleError: files or tables that do not make a bundle of this kind, or halves that do not fit each other.
         CoinferError: `out` cannot be written.
     """
     contents = dict(files)
-    if tables is not None:
-        contents[CODEC] = _json(tables.to_dict())
+    if points:
+        contents[CODEC] = _json({"points": [point.to_dict() for point in points]})
     if set(contents) != set(FILES[kind]):
         raise BundleError(f"{out}: {_an(kind)} bundle holds {', '.join(FILES[kind])}, not {', '.join(sorted(contents)) or 'nothing'}; give exactly those.")
     shapes = {name: _shapes(name, data) for name, data in sorted(files.items())}
-    _check_fit(out, shapes, preprocessing, len(classes), tables)
+    _check_fit(out, shapes, preprocessing, len(classes), points)
     manifest: dict[str, Any] = {
         **extra,
         "schema_version": SCHEMA_VERSION,
@@ -210,13 +218,18 @@ def _shapes(name: str, model: bytes) -> dict[str, list[Any]]:
     return {"input": list(inputs[0].shape[1:]), "output": list(outputs[0].shape[1:])}
 
 
-def _check_fit(out: Path, shapes: Mapping[str, Mapping[str, list[Any]]], preprocessing: Preprocessing, classes: int, tables: CodecTables | None) -> None:
+def _channels_fit(point: CodecTables, channels: int) -> bool:
+    return point.channels <= channels if point.embedded else point.channels == channels
+
+
+def _check_fit(out: Path, shapes: Mapping[str, Mapping[str, list[Any]]], preprocessing: Preprocessing, classes: int, points: Sequence[CodecTables]) -> None:
     image = [3, preprocessing.image_size, preprocessing.image_size]
     takes = {name: shape["input"] for name, shape in shapes.items()}
     gives = {name: shape["output"] for name, shape in shapes.items()}
     code = gives.get(DEVICE, image)
-    if tables is not None and (len(code) != 3 or code[0] != tables.channels):
-        raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {tables.channels} channels; build the tables from its symbols.")
+    for point in points:
+        if len(code) != 3 or not _channels_fit(point, code[0]):
+            raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {point.channels} channels; build the tables from its symbols.")
     expected = {DEVICE: (image, code), EDGE: (code, [classes]), DEVICE_ONLY: (image, [classes])}
     for name in shapes:
         if (takes[name], gives[name]) != expected[name]:

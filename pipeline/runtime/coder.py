@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ except ImportError:
 
 MAX_PRECISION = 14
 CONTEXT_PRIOR = 16.0
+MIDDLE = 128  # of what 8 bits can be
 MAX_ROWS = 1 << 16
 MAX_CONTEXTS = 32  # of a channel: more would see too few symbols each, and their tables crowd a small cache
 
@@ -40,7 +41,8 @@ MAX_CONTEXTS = 32  # of a channel: more would see too few symbols each, and thei
 class CodecTables:
     """Static distributions of `bits`-bit symbols: rows of 2**bits integer frequencies that each add up to 2**precision.
 
-    With one context each channel has one row. With more it has `contexts` rows, of which `context_rows` says which codes a symbol.
+    With one context each channel has one row. With more it has `contexts` rows, of which `context_rows` says which codes a symbol. `embedded` tables are
+    for 8-bit symbols of which only the first channels' most significant `bits` are sent; what is not sent comes back as the middle of what it can be.
 
     Raises:
         BundleError: tables no coder can use.
@@ -50,6 +52,7 @@ class CodecTables:
     precision: int
     freqs: tuple[tuple[int, ...], ...]
     contexts: int = 1
+    embedded: bool = False
 
     def __post_init__(self) -> None:
         good = 1 <= self.bits <= 8 and self.bits <= self.precision <= MAX_PRECISION and 1 <= len(self.freqs) <= MAX_ROWS
@@ -117,9 +120,9 @@ class CodecTables:
         try:
             rows = tuple(tuple(row) for row in fields["freqs"])
             numbers = [fields["bits"], fields["precision"], fields["contexts"], *(value for row in rows for value in row)]
-            if any(type(value) is not int for value in numbers):
-                raise TypeError("a value is not an integer")
-            return cls(fields["bits"], fields["precision"], rows, fields["contexts"])
+            if any(type(value) is not int for value in numbers) or type(fields["embedded"]) is not bool:
+                raise TypeError("a value is of the wrong kind")
+            return cls(fields["bits"], fields["precision"], rows, fields["contexts"], fields["embedded"])
         except (KeyError, TypeError) as error:
             raise BundleError(f"codec tables cannot be used ({error!r}); export the bundle again.") from error
 
@@ -144,6 +147,32 @@ def context_rows(symbols: NDArray[np.uint8], levels: int, contexts: int) -> NDAr
     context = (left + above) * (contexts - 1) // (2 * levels - 1)
     context[..., 0, 0] = contexts - 1
     return context + channel
+
+
+def build_embedded_tables(symbols: NDArray[np.uint8], channels: int, bits: int) -> CodecTables:
+    """Tables for the first `channels` channels and the most significant `bits` of 8-bit `symbols`, uint8 (N, h, H, W), with contexts.
+
+    Raises:
+        BundleError: no symbols, or `bits` or `channels` out of range.
+    """
+    if not (1 <= bits <= 8 and symbols.ndim == 4 and 1 <= channels <= symbols.shape[1]):
+        raise BundleError(f"embedded tables of {channels} channels and {bits} bits cannot be built from symbols of shape {symbols.shape}; choose fewer.")
+    return replace(build_tables(_sent(symbols, channels, bits), bits, context_count(bits)), embedded=True)
+
+
+def _sent(symbols: NDArray[np.uint8], channels: int, bits: int) -> NDArray[np.uint8]:
+    return symbols[..., :channels, :, :] >> np.uint8(8 - bits)
+
+
+def as_received(symbols: NDArray[np.uint8], tables: CodecTables) -> NDArray[np.uint8]:
+    """What `decode` gives for `symbols`, uint8 (..., h, H, W): themselves, or what `embedded` tables leave of them."""
+    return _restored(_sent(symbols, tables.channels, tables.bits), symbols.shape, tables.bits) if tables.embedded else symbols
+
+
+def _restored(sent: NDArray[np.uint8], shape: tuple[int, ...], bits: int) -> NDArray[np.uint8]:
+    symbols = np.full(shape, MIDDLE, np.uint8)
+    symbols[..., : sent.shape[-3], :, :] = (sent << np.uint8(8 - bits)) | np.uint8((MIDDLE >> bits) if bits < 8 else 0)
+    return symbols
 
 
 def build_tables(symbols: NDArray[np.uint8], bits: int, contexts: int = 1) -> CodecTables:
@@ -178,7 +207,8 @@ def _rounded(counts: NDArray[Any], total: int) -> tuple[int, ...]:
 
 
 def _check_shape(shape: tuple[int, ...], tables: CodecTables) -> int:
-    if len(shape) != 3 or shape[0] != tables.channels or min(shape) < 1:
+    fits = len(shape) == 3 and min(shape) >= 1 and (shape[0] >= tables.channels if tables.embedded else shape[0] == tables.channels)
+    if not fits:
         raise BundleError(
             f"symbols of shape {tuple(shape)} do not fit codec tables of {tables.channels} channels; the halves and the codec do not belong together."
         )
@@ -192,7 +222,8 @@ def encode(symbols: NDArray[np.uint8], tables: CodecTables) -> bytes:
         BundleError: the symbols do not fit the tables.
     """
     plane = _check_shape(symbols.shape, tables)
-    flat = np.ascontiguousarray(symbols, dtype=np.uint8).tobytes()
+    sent = _sent(symbols, tables.channels, tables.bits) if tables.embedded else symbols
+    flat = np.ascontiguousarray(sent, dtype=np.uint8).tobytes()
     try:
         arrays = tables.freq_array, tables.start_array, tables.slot_array
         return _encode(flat, *arrays, plane, tables.levels, tables.precision, symbols.shape[2], tables.contexts)
@@ -212,11 +243,13 @@ def decode(payload: bytes, shape: tuple[int, int, int], tables: CodecTables) -> 
         flat = _decode(payload, tables.freq_array, tables.entry_array, plane, tables.levels, tables.precision, shape[2], tables.contexts)
     except ValueError as error:
         raise FrameError(f"payload of {len(payload)} bytes does not hold {math.prod(shape)} coded symbols ({error}); send the image again.") from error
-    return np.frombuffer(flat, dtype=np.uint8).reshape(shape)
+    sent = np.frombuffer(flat, dtype=np.uint8).reshape(tables.channels, *shape[1:])
+    return _restored(sent, shape, tables.bits) if tables.embedded else sent
 
 
 def entropy_bits(symbols: NDArray[np.uint8], tables: CodecTables) -> float:
     """Cross-entropy of `symbols`, uint8 (h, H, W), under the tables, in bits."""
     _check_shape(symbols.shape, tables)
-    freqs = tables.freq_array[context_rows(symbols, tables.levels, tables.contexts), symbols].astype(np.float64)
+    sent = _sent(symbols, tables.channels, tables.bits) if tables.embedded else symbols
+    freqs = tables.freq_array[context_rows(sent, tables.levels, tables.contexts), sent].astype(np.float64)
     return float(np.sum(tables.precision - np.log2(freqs)))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.costs.link import wire_bytes
-from pipeline.errors import DataError, FrameError
+from pipeline.errors import BundleError, DataError, FrameError
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, Bundle
 from pipeline.runtime.coder import encode
 from pipeline.runtime.edge import REPLY_TIMES
@@ -47,16 +47,26 @@ class Answer:
 
 
 class DeviceHalf:
-    """Runs what a bundle puts on the device. `slowdown` emulates a device that many times slower (see `timed`)."""
+    """Runs what a bundle puts on the device. `slowdown` emulates a device that many times slower (see `timed`).
 
-    def __init__(self, bundle: Bundle, threads: int = 1, slowdown: float = 1.0) -> None:
+    `point` is the operating point of a split to start with; set it anew between images as the link changes.
+
+    Raises:
+        BundleError: the bundle has no such operating point.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1, slowdown: float = 1.0, point: int = 0) -> None:
         self._bundle = bundle
+        self.point = point
         self._threads = threads
         self._slowdown = slowdown
         self._half: ort.InferenceSession | None = bundle.session(DEVICE, threads) if bundle.kind == "split" else None
         self._whole: ort.InferenceSession | None = None
         if bundle.kind == "split":
-            _ = bundle.tables.slot_array  # derived here, not while the first image waits
+            if not 0 <= point < len(bundle.points):
+                raise BundleError(f"{bundle.path} has operating points 0 to {len(bundle.points) - 1}, not {point}; choose one of them.")
+            for tables in bundle.points:
+                _ = tables.slot_array  # derived here, not while the first image waits
         elif bundle.kind == "device-only":
             self._whole = bundle.session(DEVICE_ONLY, threads)
 
@@ -109,7 +119,9 @@ class DeviceHalf:
         half = self._half or self._bundle.session(DEVICE, self._threads)  # the latter says which kind lacks it
         symbols = self._infer(half, pixels, watch)
         with watch.part("encode_ms"):
-            return pack(encode(symbols, self._bundle.tables), self._bundle.bundle_id, Kind.SYMBOLS)
+            payload = encode(symbols, self._bundle.points[self.point])
+            which = bytes([self.point]) if len(self._bundle.points) > 1 else b""
+            return pack(which + payload, self._bundle.bundle_id, Kind.SYMBOLS)
 
     def _pixels(self, picture: Picture, watch: Stopwatch) -> NDArray[np.uint8]:
         size = self._bundle.preprocessing.image_size
@@ -128,7 +140,9 @@ class DeviceHalf:
             return session.run(None, {name: self._bundle.preprocessing.tensor(pixels[None])})[0][0]
 
 
-def classify_directory(bundle: Bundle, edge: Transport | None, paths: Iterable[Path], threads: int = 1, slowdown: float = 1.0) -> Iterator[dict[str, Any]]:
+def classify_directory(
+    bundle: Bundle, edge: Transport | None, paths: Iterable[Path], threads: int = 1, slowdown: float = 1.0, point: int = 0
+) -> Iterator[dict[str, Any]]:
     """One JSON record per image in `paths` (files, or folders searched for images in name order).
 
     A record holds file, label, probability, ms by part, frame_bytes, wire_bytes and the path taken. Without an edge, or where it does not
@@ -138,7 +152,7 @@ def classify_directory(bundle: Bundle, edge: Transport | None, paths: Iterable[P
         DataError: a path does not exist.
         FrameError: the edge runs another bundle.
     """
-    device = DeviceHalf(bundle, threads, slowdown)
+    device = DeviceHalf(bundle, threads, slowdown, point)
     for path in _image_files(paths):
         record: dict[str, Any] = {"file": str(path)}
         try:

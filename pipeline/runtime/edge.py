@@ -43,7 +43,8 @@ class EdgeHalf:
         self._slowdown = slowdown
         self._expects = Kind.IMAGE if bundle.kind == "edge-only" else Kind.SYMBOLS
         if bundle.kind == "split":
-            _ = bundle.tables.entry_array  # derived here, not while the first frame waits
+            for tables in bundle.points:
+                _ = tables.entry_array  # derived here, not while the first frame waits
 
     def handle(self, frame: bytes) -> tuple[bytes, dict[str, float]]:
         """The reply frame to one frame, and {"decode_ms", "edge_ms"}. What cannot be answered gets an ERROR frame saying why."""
@@ -71,7 +72,12 @@ class EdgeHalf:
             raise FrameError(f"frame carries {frame.kind.name}, this {self._bundle.kind} bundle takes {self._expects.name}; check what the device sends.")
         if self._expects is Kind.IMAGE:
             return self._decode_image(frame.payload)
-        return decode(frame.payload, self._bundle.code_shape, self._bundle.tables)[None]
+        point, payload = 0, frame.payload
+        if len(self._bundle.points) > 1:
+            point, payload = payload[0] if payload else len(self._bundle.points), payload[1:]
+            if point >= len(self._bundle.points):
+                raise FrameError(f"frame names no operating point of this bundle, which has {len(self._bundle.points)}; check what the device sends.")
+        return decode(payload, self._bundle.code_shape, self._bundle.points[point])[None]
 
     def _decode_image(self, payload: bytes) -> NDArray[np.uint8]:
         size = self._bundle.preprocessing.image_size

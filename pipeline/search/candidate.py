@@ -16,7 +16,7 @@ LOSSLESS = 100
 
 Kind = Literal["split", "edge-only", "device-only"]
 Precision = Literal["fp32", "int8"]
-CODECS = ("uniform", "codebook", "rate")  # those with integer symbols that a frame can carry
+CODECS = ("uniform", "codebook", "rate", "multi-rate")  # those with integer symbols that a frame can carry
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Candidate:
     `cut` names a `CutPoint`; `input` sends the image itself as WebP at `quality` (100 = lossless), `output` sends nothing.
     `keep` pairs device blocks with the kept fraction of their prunable channels; a block kept whole is left out, so equal candidates compare equal.
     `codec` is one of `CODECS`, of a split that names none the first; `rate_weight`, the loss per coded bit it is trained with, belongs to `rate` alone.
-    `precision` is the device half's, of a split.
+    `precision` is the device half's, of a split. `points` are the operating points (channels, bits) of codec `multi-rate`, the first of which is measured.
 
     Raises:
         ParamsError: a combination that cannot run, named.
@@ -41,6 +41,7 @@ class Candidate:
     codec: str | None = None
     rate_weight: float | None = None
     precision: Precision = "fp32"
+    points: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         coded = (self.code_channels, self.stride, self.bits)
@@ -61,9 +62,12 @@ class Candidate:
                 raise ParamsError(f"candidate at cut {self.cut}: codec is {self.codec}; choose one of {', '.join(CODECS)}.")
             if (self.codec == "rate") != (self.rate_weight is not None and 0 <= self.rate_weight < math.inf):
                 raise ParamsError(f"candidate at cut {self.cut}: codec {self.codec} with rate_weight {self.rate_weight}; rate takes 0 or more, others none.")
+            object.__setattr__(self, "points", tuple(tuple(point) for point in self.points))
+            if bool(self.points) != (self.codec == "multi-rate"):
+                raise ParamsError(f"candidate at cut {self.cut}: codec {self.codec} with {len(self.points)} points; multi-rate has some, others none.")
             if self.precision not in get_args(Precision):
                 raise ParamsError(f"candidate at cut {self.cut}: precision is {self.precision}; choose one of {', '.join(get_args(Precision))}.")
-        elif any(value is not None for value in (*coded, self.codec, self.rate_weight)) or self.precision != "fp32":
+        elif any(value is not None for value in (*coded, self.codec, self.rate_weight)) or self.precision != "fp32" or self.points:
             raise ParamsError(f"candidate at cut {self.cut}: only a split has code_channels, stride, bits, codec and precision.")
         if self.kind == "edge-only" and not (self.quality is not None and 1 <= self.quality <= LOSSLESS):
             raise ParamsError(f"candidate at cut input: quality is {self.quality}; choose 1 to 99, or 100 for lossless WebP.")
@@ -83,7 +87,7 @@ class Candidate:
         return "edge-only" if self.cut == INPUT else "device-only" if self.cut == OUTPUT else "split"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**{key: value for key, value in asdict(self).items() if key != "keep"}, "keep": dict(self.keep)}
+        return {**asdict(self), "keep": dict(self.keep), "points": [list(point) for point in self.points]}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)

@@ -28,7 +28,7 @@ from pipeline.data import EVALUATION_BATCH, Split, normalise
 from pipeline.errors import ModelError
 from pipeline.inference import accuracy, outputs
 from pipeline.losses import feature_loss, logits_loss
-from pipeline.networks import contexts_of, layers_up_to, pruner, split_network
+from pipeline.networks import layers_up_to, pruner, split_network, tables_of
 from pipeline.params import Codec, Search
 from pipeline.runtime import coder
 from pipeline.runtime.device import encode_webp
@@ -96,7 +96,17 @@ class Evaluator:
             if channels and strides:
                 codes[point.name] = (channels, strides)
         settings = self.settings
-        return Space(codes, settings.bits, settings.webp_qualities, self.legal_keep, self.codec.kind, settings.rate_weights, settings.precision)
+        several = self.codec.kind == "multi-rate"
+        return Space(
+            codes,
+            [8] if several else settings.bits,
+            settings.webp_qualities,
+            self.legal_keep,
+            self.codec.kind,
+            settings.rate_weights,
+            settings.precision,
+            list(zip(self.codec.shares, self.codec.bits, strict=True)) if several else (),
+        )
 
     def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
         """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""
@@ -165,7 +175,7 @@ class Evaluator:
         network = split_network(self.backbone, self.example, candidate, self._plan(candidate.cut, dict(candidate.keep)), commitment=self.codec.commitment)
         self._train(network, candidate.cut, trial_seed, pruned=bool(candidate.keep))
         network.eval()
-        on_device, on_edge = network.device_half(), network.edge_half()
+        on_device, on_edge, codec = network.device_half(), network.edge_half(), network.symbol_codec()
 
         images, labels = self.validation
         right = 0
@@ -173,9 +183,9 @@ class Evaluator:
         for part, truth in zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True):
             with torch.no_grad():
                 symbols = on_device(normalise(part))
-                right += int((on_edge(symbols).argmax(1) == truth).sum())
+                right += int((on_edge(codec.received(symbols)).argmax(1) == truth).sum())
             coded.extend(symbols.numpy()[: max(0, SAMPLE_IMAGES - len(coded))])
-        tables = coder.build_tables(outputs(on_device, self.images[:SAMPLE_IMAGES]).numpy(), candidate.bits, contexts_of(candidate))
+        tables = tables_of(candidate, outputs(on_device, self.images[:SAMPLE_IMAGES]).numpy())[0]
         payloads = [len(coder.encode(symbols, tables)) for symbols in coded]
 
         feature, code = torch.zeros(1, *network.codec.feature_shape), torch.from_numpy(coded[0][None])

@@ -35,8 +35,9 @@ Measure = Callable[[Candidate, int], Measurement]
 class Space:
     """The candidates that can run.
 
-    `codes` gives, for each cut a codec fits, the legal (code channels, strides); `rate_weights` are for codec `rate`. `keep(cut)` gives, for each
-    device block of a cut that has prunable channels, the legal kept fractions with 1.0 among them.
+    `codes` gives, for each cut a codec fits, the legal (code channels, strides); `rate_weights` are for codec `rate`, `points` (share of
+    the code channels, bits) for `multi-rate`. `keep(cut)` gives, for each device block of a cut that has prunable channels, the legal kept fractions
+    with 1.0 among them.
     """
 
     codes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
@@ -46,6 +47,7 @@ class Space:
     codec: str = "uniform"
     rate_weights: Sequence[float] = ()
     precision: Precision = "fp32"
+    points: Sequence[tuple[float, int]] = ()
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> Candidate:
         """Ask for one parameter after the other, only for those that the earlier ones leave open."""
@@ -58,7 +60,8 @@ class Space:
         channels, strides = self.codes[cut]
         code = {name: _pick(trial, name, values) for name, values in (("code_channels", channels), ("stride", strides), ("bits", self.bits))}
         rate = {"rate_weight": _pick(trial, "rate_weight", self.rate_weights)} if self.codec == "rate" else {}
-        return Candidate(cut, keep, codec=self.codec, precision=self.precision, **code, **rate)
+        points = tuple((max(1, round(share * code["code_channels"])), bits) for share, bits in self.points)
+        return Candidate(cut, keep, codec=self.codec, precision=self.precision, points=points, **code, **rate)
 
     def baselines(self) -> list[dict[str, Any]]:
         """Parameters of the unpruned device-only candidate and of every WebP quality."""

@@ -19,14 +19,14 @@ from models.cutting import split
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted, ModelError
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
-from pipeline.networks import contexts_of, split_network
+from pipeline.networks import split_network, tables_of
 from pipeline.onnx_export import OPSET, export_onnx
 from pipeline.params import Params
 from pipeline.parity import check_split, check_whole
 from pipeline.paths import DATA_CARD, DevicePaths
 from pipeline.quantising import quantise
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, Bundle, open_session, write_bundle
-from pipeline.runtime.coder import CodecTables, build_tables
+from pipeline.runtime.coder import CodecTables
 from pipeline.runtime.preprocess import Preprocessing
 from pipeline.search.candidate import Candidate
 
@@ -63,11 +63,10 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
     preprocessing, example = Preprocessing(card.image_size), torch.zeros(2, 3, card.image_size, card.image_size)
     backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size)
 
-    tables: CodecTables | None = None
+    points: tuple[CodecTables, ...] = ()
     files: dict[str, bytes] = {}
     parity: dict[str, dict[str, float]] = {}
     if candidate.kind == "split":
-        assert candidate.bits
         network = split_network(backbone, example, candidate, plan)
         _load(network, paths.split_weights)
         files = _halves(network, example)
@@ -75,8 +74,8 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         if quantised:
             calibration = torch.split(load_split("train")[0][:CALIBRATION_IMAGES], 1)
             files[DEVICE] = quantise(files[DEVICE], (preprocessing.tensor(image.numpy()) for image in calibration))
-        tables = build_tables(_symbols(files[DEVICE], preprocessing), candidate.bits, contexts_of(candidate))
-        parity["split"] = check_split(network, files[DEVICE], files[EDGE], tables, preprocessing, validation, quantised)
+        points = tables_of(candidate, _symbols(files[DEVICE], preprocessing))
+        parity["split"] = check_split(network, files[DEVICE], files[EDGE], points, preprocessing, validation, quantised)
     _load(backbone, paths.reference_weights)
     reference = files[DEVICE_ONLY] = export_onnx(backbone, example, input_name="image", output_name="logits")
     parity["reference"] = check_whole(backbone, reference, paths.reference_onnx.name, preprocessing, validation)
@@ -97,7 +96,7 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         preprocessing=preprocessing,
         classes=read_json(DATA_CARD, "the data card")["classes"],
         files=files,
-        tables=tables,
+        points=points,
         extra={
             "opset": OPSET,
             "params": {"run": params.run.model_dump(), "image_size": card.image_size, "backbone": params.backbone.name},
@@ -107,7 +106,7 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
     )
     atomic_write_bytes(paths.reference_onnx, reference)
     atomic_write_json(paths.parity, result)
-    _track(tracker, bundle, tables, preprocessing.tensor(validation[:1].numpy()))
+    _track(tracker, bundle, preprocessing.tensor(validation[:1].numpy()))
     tracker.log_metrics({f"parity_{name}.{key}": value for name, numbers in parity.items() for key, value in numbers.items()})
     tracker.log_file(paths.parity)
     return result
@@ -140,10 +139,10 @@ def _symbols(model: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     return np.concatenate([session.run(["symbols"], {"image": preprocessing.tensor(part.numpy())})[0] for part in torch.split(images, BATCH)])
 
 
-def _track(tracker: Tracker, bundle: Bundle, tables: CodecTables | None, image: NDArray[np.float32]) -> None:
+def _track(tracker: Tracker, bundle: Bundle, image: NDArray[np.float32]) -> None:
     tracker.log_params({"bundle_id": bundle.bundle_id.hex(), "kind": bundle.kind, "opset": OPSET})
     for name, shape in bundle.manifest["shapes"].items():
-        split_edge = name == EDGE and tables is not None
+        split_edge = name == EDGE and bundle.kind == "split"
         example = {"symbols": np.zeros((1, *shape["input"]), np.uint8)} if split_edge else {"image": image}
         tracker.log_onnx(bundle.path / name, Path(name).stem, example)
     for path in sorted(bundle.path.glob("*.json")):

@@ -71,7 +71,7 @@ def make_bundle(tmp_path: Path):
             "preprocessing": Preprocessing(SIZE),
             "classes": CLASSES,
             "files": {name: files[name] for name in FILES[kind] if name in files},
-            "tables": build_tables(training, BITS) if kind == "split" else None,
+            "points": [build_tables(training, BITS)] if kind == "split" else [],
             "extra": {"opset": 18},
         }
         return write_bundle(tmp_path / f"{kind}-{seed}", **{**arguments, **changes})

@@ -21,7 +21,7 @@ def test_a_bundle_loads_with_everything_the_halves_need(make_bundle, kind):
     assert bundle.manifest["opset"] == 18
     if kind == "split":
         assert bundle.code_shape == (2, 4, 4)
-        assert bundle.tables.bits == 3
+        assert bundle.points[0].bits == 3
 
 
 def test_the_same_contents_give_the_same_bundle_and_others_another(make_bundle):
@@ -77,8 +77,8 @@ def test_halves_that_do_not_fit_each_other_are_not_written(make_bundle, tmp_path
     three_channels = build_tables(np.zeros((1, 3, 4, 4), np.uint8), 3)
     for changes, message in (
         ({"classes": ["ant", "bee"]}, rf"{DEVICE_ONLY} maps .* to \[3\]"),
-        ({"tables": three_channels}, f"{DEVICE} gives .* the codec has 3 channels"),
-        ({"tables": None}, CODEC),
+        ({"points": [three_channels]}, f"{DEVICE} gives .* the codec has 3 channels"),
+        ({"points": []}, CODEC),
         ({"preprocessing": Preprocessing(9)}, f"{DEVICE_ONLY} maps"),
         ({"files": {DEVICE: b"", EDGE: b"", DEVICE_ONLY: b""}}, "cannot be run by ONNX Runtime"),
     ):

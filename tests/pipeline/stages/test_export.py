@@ -80,7 +80,7 @@ def _gate_refuses_other_weights(folder: Path, bundle: Bundle) -> None:
     other = build_tiny(num_classes=3, image_size=16).eval()
     example = torch.zeros(2, 3, 16, 16)
     with pytest.raises(ParityError, match=r"device.onnx gives \d+ of 1024 symbols unlike the trained network.*no bundle is written"):
-        check_split(build_split(other, example, "block1", CodecSpec("uniform", 4, 2, 3)), *halves, bundle.tables, Preprocessing(16), images)
+        check_split(build_split(other, example, "block1", CodecSpec("uniform", 4, 2, 3)), *halves, bundle.points, Preprocessing(16), images)
     with pytest.raises(ParityError, match=r"device-only.onnx gives logits that differ by up to"):
         check_whole(other, (folder / "device-only.onnx").read_bytes(), "device-only.onnx", Preprocessing(16), images)
 
