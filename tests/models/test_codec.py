@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.codec import CodebookCodec, CodecSpec, FeatureCodec, RateCodec, SymbolCodec, context_count, context_rows
+from models.codec import CodebookCodec, CodecSpec, FeatureCodec, MultiRateCodec, RateCodec, SymbolCodec, context_count, context_rows
 from models.codecs import CODECS as ALL
 from models.codecs import build_codec
 from models.jscc import ChannelCodec
@@ -201,6 +201,59 @@ def test_the_gradient_of_the_rate_leads_to_the_cheaper_neighbour() -> None:
     assert towards.tolist() == pytest.approx(expected, rel=1e-4), "bits from one level to the next, per unit of u; the end of the range leads back into it"
 
 
+POINTS = ((6, 8), (6, 4), (3, 2), (1, 1))
+
+
+def test_one_codec_learns_several_rates_and_loses_more_at_fewer_bits() -> None:
+    torch.manual_seed(0)
+    feature = feature_of_three_causes()
+    codec = build_codec(CodecSpec("multi-rate", 6, 1, 8, points=POINTS), (8, 8, 8))
+    assert isinstance(codec, MultiRateCodec)
+    first = train(codec, feature, steps=400)
+    lost = []
+    with torch.no_grad():
+        for codec.point in range(len(POINTS)):
+            lost.append(float(nn.functional.mse_loss(codec(feature).decoded, feature) / feature.var()))
+    assert lost[0] == pytest.approx(first)
+    assert lost == sorted(lost)
+    assert lost[1] < 0.25
+    assert lost[2] < 0.6 < 1
+
+
+def test_every_batch_is_coded_at_a_point_of_its_own_and_evaluation_starts_with_the_first() -> None:
+    torch.manual_seed(0)
+    codec = build_codec(CodecSpec("multi-rate", 6, 1, 8, points=POINTS), (8, 8, 8))
+    assert isinstance(codec, MultiRateCodec)
+    seen = []
+    for _ in range(40):
+        codec(torch.randn(2, 8, 8, 8))
+        seen.append(codec.point)
+    assert set(seen) == {0, 1, 2, 3}
+    assert codec.eval().point == 0
+
+
+@pytest.mark.parametrize("point", range(len(POINTS)))
+def test_what_training_lets_through_is_what_the_coder_does(point: int) -> None:
+    codec = build_codec(CodecSpec("multi-rate", 6, 1, 8, points=POINTS), (8, 5, 5)).eval()
+    assert isinstance(codec, MultiRateCodec)
+    codec.point = point
+    symbols = torch.randint(256, (20, 6, 5, 5), dtype=torch.uint8)
+    tables = coder.build_embedded_tables(symbols.numpy(), *POINTS[point])
+    assert (codec.received(symbols).numpy() == coder.as_received(symbols.numpy(), tables)).all()
+    feature = torch.randn(4, 8, 5, 5)
+    arrived = codec.received(codec.quantise(codec.encode(feature)))
+    assert torch.equal(codec(feature).decoded, codec.decode(codec.dequantise(arrived)))
+
+
+def test_gradients_flow_only_through_what_is_sent() -> None:
+    codec = build_codec(CodecSpec("multi-rate", 6, 1, 8, points=((2, 3),)), (8, 5, 5))
+    assert isinstance(codec, MultiRateCodec)
+    assert isinstance(codec.encode, nn.Sequential)
+    codec(torch.randn(4, 8, 5, 5)).decoded.square().sum().backward()
+    reached = codec.encode[0].weight.grad.flatten(1).abs().sum(1) > 0
+    assert reached.tolist() == [True, True, False, False, False, False]
+
+
 def test_a_codebook_moves_its_values_to_where_the_code_is() -> None:
     torch.manual_seed(0)
     codec = symbol_codec("codebook", (1, 4, 4), 1, 1, 2)
@@ -285,7 +338,9 @@ def test_channel_uses_are_reals_for_awgn_and_bits_for_the_digital_channels() -> 
         ({"code_channels": 9}, "code_channels is 9 for a feature of 8 channels; choose 1 to 8"),
         ({"code_channels": 0}, "code_channels is 0"),
         ({"stride": 0}, "stride is 0"),
-        ({"kind": "vector"}, "kind is vector; choose one of uniform, codebook, rate, jscc-awgn, jscc-bec, jscc-bsc, raw-fp32"),
+        ({"kind": "vector"}, "kind is vector; choose one of uniform, codebook, rate, multi-rate, jscc-awgn, jscc-bec, jscc-bsc, raw-fp32"),
+        ({"kind": "multi-rate"}, r"points are \[\]; give pairs of channels, 1 to 4"),
+        ({"kind": "multi-rate", "points": ((5, 2),)}, r"points are \[\(5, 2\)\]; give pairs of channels, 1 to 4, and bits, 1 to 8"),
         ({"kind": "rate", "rate_weight": -1.0}, "rate_weight is -1.0; choose 0 or more"),
         ({"kind": "rate", "rate_weight": math.nan}, "rate_weight is nan; choose 0 or more"),
         ({"kind": "jscc-awgn", "noise": (0.0, 0.1)}, r"jscc-awgn: noise is 0.0 to 0.1; give two standard deviations above 0"),

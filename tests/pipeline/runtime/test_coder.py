@@ -155,6 +155,27 @@ def test_neighbours_tell_what_to_expect(bits):
     assert 8 * len(encode(fresh, conditional)) < entropy_bits(fresh, conditional) + 8
 
 
+@pytest.mark.parametrize(("channels", "bits"), [(3, 8), (2, 4), (1, 1), (3, 3)])
+def test_embedded_tables_send_the_first_channels_and_bits_and_restore_the_middle(channels, bits):
+    drawn = np.random.default_rng(bits).integers(0, 256, (60, 3, 5, 5)).astype(np.uint8)
+    tables = coder.build_embedded_tables(drawn, channels, bits)
+    payload = encode(drawn[0], tables)
+    back = decode(payload, (3, 5, 5), tables)
+    assert np.array_equal(back, coder.as_received(drawn[0], tables))
+    assert np.array_equal(encode(back, tables), payload), "what arrives would be sent again as it is"
+    error = np.abs(back[:channels].astype(int) - drawn[0][:channels])
+    assert error.max() <= 2 ** (7 - bits) if bits < 8 else error.max() == 0
+    assert (back[channels:] == 128).all()
+    assert 8 * len(payload) < entropy_bits(drawn[0], tables) + 8 < channels * bits * 25 * 1.2 + 8
+    assert CodecTables.from_dict(tables.to_dict()) == tables
+
+
+@pytest.mark.parametrize(("channels", "bits"), [(0, 4), (4, 4), (2, 0), (2, 9)])
+def test_embedded_tables_of_more_than_there_is_are_refused(channels, bits):
+    with pytest.raises(BundleError, match=f"embedded tables of {channels} channels and {bits} bits cannot be built"):
+        coder.build_embedded_tables(np.zeros((1, 3, 4, 4), np.uint8), channels, bits)
+
+
 def test_contexts_cost_next_to_nothing_where_neighbours_tell_nothing():
     drawn = np.random.default_rng(0).choice(8, (3000, 2, 6, 6), p=np.arange(1, 9) / 36).astype(np.uint8)
     costs = [sum(entropy_bits(image, tables) for image in drawn[2900:]) for tables in (build_tables(drawn[:2900], 3), build_tables(drawn[:2900], 3, 16))]
@@ -191,6 +212,7 @@ def test_tables_survive_json_and_refuse_nonsense():
         {"contexts": 0},
         {"contexts": 2},
         {"contexts": 1.0},
+        {"embedded": 1},
     ):
         with pytest.raises(BundleError, match="codec tables"):
             CodecTables.from_dict({**fields, **change})

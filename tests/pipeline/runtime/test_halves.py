@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline.costs.link import Link, wire_bytes
 from pipeline.errors import BundleError, CoinferError, DataError, FrameError
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE
+from pipeline.runtime.coder import as_received, build_embedded_tables
 from pipeline.runtime.device import PARTS, DeviceHalf, classify_directory, encode_webp
 from pipeline.runtime.edge import EdgeHalf, edge_process, serve
 from pipeline.runtime.frame import Kind, pack, unpack
@@ -44,6 +45,35 @@ def test_a_split_gives_the_logits_of_its_two_halves(make_bundle, picture):
     assert tuple(answer.parts) == PARTS
     assert answer.parts["total_ms"] == pytest.approx(sum(answer.parts[name] for name in PARTS[:-1]))
     assert min(answer.parts.values()) > 0
+
+
+@pytest.fixture
+def several_points(make_bundle):
+    training = np.random.default_rng(0).integers(0, 256, (10, 2, 4, 4)).astype(np.uint8)
+    return make_bundle(points=[build_embedded_tables(training, 2, 3), build_embedded_tables(training, 1, 2)])
+
+
+def test_one_bundle_serves_several_operating_points(several_points, picture):
+    edge = LoopbackTransport(EdgeHalf(several_points))
+    symbols = answer_of(several_points, DEVICE, several_points.preprocessing.tensor(picture[None]))
+    half, sizes = DeviceHalf(several_points), []
+    for half.point, tables in enumerate(several_points.points):
+        answer = half.classify(picture, edge)
+        assert np.array_equal(answer.logits, answer_of(several_points, EDGE, as_received(symbols, tables))[0])
+        sizes.append(answer.frame_bytes)
+    assert sizes[1] < sizes[0]
+    assert DeviceHalf(several_points, point=1).run(picture)[0] == half.run(picture)[0]
+
+
+def test_points_that_are_not_there_are_refused(several_points, picture):
+    with pytest.raises(BundleError, match="has operating points 0 to 1, not 2; choose one of them"):
+        DeviceHalf(several_points, point=2)
+    half = DeviceHalf(several_points)
+    payload = unpack(half.run(picture)[0]).payload
+    for wrong in (b"", bytes([2]) + payload[1:], bytes([255])):
+        reply, _ = EdgeHalf(several_points).handle(pack(wrong, several_points.bundle_id, Kind.SYMBOLS))
+        assert unpack(reply).kind is Kind.ERROR
+        assert b"names no operating point of this bundle, which has 2" in unpack(reply).payload
 
 
 def test_edge_only_lossless_gives_the_logits_of_the_image_itself(make_bundle, picture):

@@ -18,7 +18,10 @@ rates = st.builds(Candidate, st.just("layer1.0"), st.just(()), st.just(4), st.ju
 others = st.one_of(st.builds(Candidate, cut=st.just("input"), quality=st.integers(1, 100)), st.just(Candidate("output", (("a", 0.5),))))
 
 
-@given(st.one_of(splits, rates, others))
+several = st.just(Candidate("layer1.0", (), 4, 1, 8, codec="multi-rate", points=((4, 4), (2, 2))))
+
+
+@given(st.one_of(splits, rates, several, others))
 def test_a_candidate_survives_json(candidate):
     assert Candidate.from_dict(candidate.to_dict()) == candidate
     assert hash(Candidate.from_dict(candidate.to_dict())) == hash(candidate)
@@ -42,6 +45,8 @@ def test_keeping_a_block_whole_is_not_naming_it():
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "codec": "morse"}, "codec is morse; choose one of uniform, codebook, rate"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "codec": "rate"}, "codec rate with rate_weight None; rate takes 0 or more, others none"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "rate_weight": 0.1}, "codec uniform with rate_weight 0.1"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 8, "codec": "multi-rate"}, "multi-rate with 0 points; multi-rate has some, others none"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 8, "points": [[2, 4]]}, "codec uniform with 1 points"),
         ({"cut": "output", "codec": "uniform"}, "only a split has"),
         ({"cut": "output", "precision": "int8"}, "only a split has"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "precision": "int4"}, "precision is int4; choose one of fp32, int8"),

@@ -72,6 +72,19 @@ def test_an_int8_device_half_is_judged_by_itself_and_answers(workdir: Path, digi
     assert whole.read("device.onnx") != halves["device.onnx"]
 
 
+def test_a_multi_rate_split_passes_the_gate_at_every_point(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+    candidate = Candidate("block1", code_channels=4, stride=2, bits=8, codec="multi-rate", points=((4, 4), (2, 2)))
+    paths = write_finetuned(digits_params, candidate)
+    parity = export.run(digits_params, "camera", tracker)
+    assert parity["split"]["frames_exact"] == 2 * COUNTS["validation"]
+    assert parity["split"]["top1_equal"] == 1
+    bundle = Bundle.load(paths.bundle)
+    assert [(point.channels, point.bits) for point in bundle.points] == [(4, 4), (2, 2)]
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 16, 16), np.uint8)
+    answers = [DeviceHalf(bundle, point=point).classify(pixels, LoopbackTransport(EdgeHalf(bundle))) for point in (0, 1)]
+    assert answers[1].frame_bytes < answers[0].frame_bytes
+
+
 def _gate_refuses_other_weights(folder: Path, bundle: Bundle) -> None:
     """Symbols and logits are not those of another network."""
     halves = [(folder / name).read_bytes() for name in ("device.onnx", "edge.onnx")]
