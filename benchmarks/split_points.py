@@ -40,6 +40,7 @@ CODE = (
     *(f"models/{name}.py" for name in ("channels", "cifar", "codec", "codecs", "baseline_codecs", "coinference", "jscc")),
     *(f"pipeline/{name}.py" for name in ("data", "distilling", "losses", "training")),
 )
+COSTS = tuple(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c"))
 THREADS = 2
 TABLE_IMAGES = 10_000
 SETTINGS = Finetune(
@@ -95,6 +96,32 @@ def trained(point: Point) -> CoInference:
         atomic_write_bytes(file, weights_bytes(network))
     network.load_state_dict(load_file(file))
     return network.eval()
+
+
+def reference(backbone: str, weights: str, epochs: int) -> dict[str, Any]:
+    """Accuracy of the better on validation of `backbone` as `weights` have it and after `epochs` more by the splits' recipe, itself the teacher."""
+    card, validation, test = load_card(), load_split("validation"), load_split("test")
+    start = build_backbone(backbone, card.num_classes, card.image_size, Path(weights)).eval()
+    further, key = copy.deepcopy(start), reference_key(backbone, weights, epochs)
+    fit(
+        Distiller(further, (copy.deepcopy(start),), SETTINGS, 0.0),
+        DataModule(load_split("train"), validation, SETTINGS, 0),
+        name=f"{backbone}, reference",
+        epochs=epochs,
+        checkpoint_dir=STATE / f"reference-{key}",
+        threads=THREADS,
+        precision=SETTINGS.precision,
+        log=lambda row: print(backbone, "reference", {key: round(value, 4) for key, value in row.items()}, flush=True),
+    )
+    found = {name: accuracy(network, validation) for name, network in (("as it came", start), ("further", further))}
+    best = max(found, key=lambda name: found[name])
+    return {"key": key, "epochs": epochs, "better": best, "validation": found[best], "test": accuracy({"further": further}.get(best, start), test)}
+
+
+def reference_key(backbone: str, weights: str, epochs: int) -> str:
+    """Names everything a reference depends on."""
+    known = [backbone, _digest(Path(weights)), epochs, load_card().sha256, SETTINGS.model_dump(), fingerprint(CODE, backbone)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _train(network: CoInference, teacher: tuple[nn.Module, nn.Module], point: Point, phase: str, epochs: int, rate: float, frozen: Sequence[nn.Module]) -> None:
@@ -179,8 +206,18 @@ def measured(point: Point) -> dict[str, Any]:
     start = time.perf_counter()
     network = trained(point)
     seconds = time.perf_counter() - start
-    row = {"key": point.key(), "point": asdict(point) | {"before": point.before.key() if point.before else None}, "seconds": round(seconds, 1)}
+    row = {
+        "key": point.key(),
+        "costs": costs_key(),
+        "point": asdict(point) | {"before": point.before.key() if point.before else None},
+        "seconds": round(seconds, 1),
+    }
     return row | device_macs(network) | {"validation": judged(network, load_split("validation"))}
+
+
+def costs_key() -> str:
+    """Names the code that sizes are measured by: rows of another one are measured again, not trained again."""
+    return hashlib.sha256(json.dumps(fingerprint(COSTS, "")["files"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _symbols(half: nn.Module, images: Tensor) -> NDArray[np.uint8]:

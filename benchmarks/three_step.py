@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import RESULTS, ROOT, figure, write
-from benchmarks.split_points import Point, judged, measured, reference, trained
+from benchmarks.split_points import Point, costs_key, judged, measured, reference, reference_key, trained
 from models.codec import CodecSpec
 from pipeline.data import load_card, load_split
 
@@ -29,14 +29,16 @@ CUTS = {
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
 FIRST, FURTHER, CODEC_ALONE = 4, 2, 1  # epochs of a chain's first point, of each after it, and of the codec alone before the first
+EPOCHS = FIRST + FURTHER  # of the reference
 RATES = {"first": (1e-4, 3e-4, 6e-4, 1e-3), "middle": (1e-4, 4e-4, 1e-3, 2e-3), "last": (3e-4, 1e-3, 3e-3, 6e-3)}
 SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
     "first": ((16, 4, 4), ((16, 4, 4), (16, 4, 2), (12, 4, 2), (8, 4, 2))),
     "middle": ((16, 4, 4), ((32, 4, 3), (24, 4, 2), (16, 4, 2), (12, 4, 2))),
     "last": ((16, 4, 3), ((16, 4, 3), (12, 4, 2), (8, 4, 2), (8, 4, 1))),
 }
-LOSSES = (0.010, 0.005)
-TEST_LOSS = 0.0125
+LOSS = 0.010  # of accuracy, on validation
+TEST_LOSS = 0.0125  # what a point may lose on test before its figure is null
+TOLERANCE = 1e-9  # accuracies are floats
 
 Raw = dict[str, Any]
 
@@ -79,7 +81,7 @@ def figures_of(raw: Raw) -> dict[str, Any]:
         for where, cut in cuts.items():
             here = [row for row in rows if row["point"]["backbone"] == backbone and row["point"]["cut"] == cut]
             ours = [row for row in here if row["point"]["codec"]["kind"] in ("uniform", "codebook", "rate")]
-            point = _cheapest(ours, best, LOSSES[0])
+            point = _cheapest(ours, best)
             found[f"bits_at_1pt.{backbone}.{where}"] = _bits(point, best, "payload_bits", "mean payload bits of the cheapest codec at most 1 point below")
             found[f"frame_bytes_at_1pt.{backbone}.{where}"] = _bits(point, best, "frame_bytes", "mean frame bytes of the same point")
             if backbone == "resnet20":
@@ -88,9 +90,13 @@ def figures_of(raw: Raw) -> dict[str, Any]:
     return found
 
 
-def _cheapest(rows: list[Raw], best: Raw | None, loss: float, size: str = "payload_bits") -> Raw | None:
-    """Of the points at most `loss` below the reference on validation the one of fewest bits."""
-    good = [row for row in rows if best and best["validation"] - row["validation"]["accuracy"] <= loss + 1e-9]
+def _near(row: Raw, best: Raw, data: str = "validation", loss: float = LOSS) -> bool:
+    return bool(best[data] - row[data]["accuracy"] <= loss + TOLERANCE)
+
+
+def _cheapest(rows: list[Raw], best: Raw | None, size: str = "payload_bits") -> Raw | None:
+    """Of the points at most `LOSS` below the reference on validation the one of fewest bits."""
+    good = [row for row in rows if best and _near(row, best)]
     return min(good, key=lambda row: _mean(row["validation"][size]), default=None)
 
 
@@ -106,7 +112,7 @@ def _bits(point: Raw | None, best: Raw | None, size: str, how: str) -> dict[str,
         return figure(None, unit, "not judged on test yet")
     loss = best["test"] - point["test"]["accuracy"]
     label = f"{how}: {_label(point)}, loses {100 * loss:.2f} points on test, {100 * (best['validation'] - point['validation']['accuracy']):.2f} on validation"
-    if loss > TEST_LOSS:
+    if not _near(point, best, "test", TEST_LOSS):
         return figure(None, unit, f"{label}, more than {100 * TEST_LOSS:g}")
     return figure(_mean(point["test"][size]), unit, label)
 
@@ -114,10 +120,12 @@ def _bits(point: Raw | None, best: Raw | None, size: str, how: str) -> dict[str,
 def _against_bottlenet(point: Raw | None, others: list[Raw], best: Raw | None, where: str) -> dict[str, Any]:
     found = {}
     for name, size in (("bits_over_bottlenetpp", "uncoded_bits"), ("bits_over_bottlenetpp_coded", "payload_bits")):
-        other = _cheapest(others, best, LOSSES[0], size)
-        if point is None or other is None or "test" not in point or "test" not in other:
-            found[f"{name}.{where}"] = figure(None, "ratio", "no point of ours or of theirs is within 1 point on validation, or none judged yet")
+        other = _cheapest(others, best, size)
+        if best is None or any(row is None or "test" not in row or not _near(row, best, "test", TEST_LOSS) for row in (point, other)):
+            found[f"{name}.{where}"] = figure(None, "ratio", "no point of ours or of theirs is near the reference on validation and test, or none judged yet")
         else:
+            assert point is not None
+            assert other is not None
             ratio = _mean(point["test"]["payload_bits"]) / _mean(other["test"][size])
             found[f"{name}.{where}"] = figure(ratio, "ratio", f"{_label(point)} over {_label(other)}, {size.replace('_', ' ')}")
     return found
@@ -145,22 +153,23 @@ def main() -> None:
         return (time.monotonic() - start) / 60 < arguments.minutes
 
     for point in (point for chain in chains() for point in chain if arguments.only in point.name):
-        if raw["points"].get(point.name, {}).get("key") == point.key():
+        known = raw["points"].get(point.name, {})
+        if (known.get("key"), known.get("costs")) == (point.key(), costs_key()):
             continue
         if not in_time():
             break
         raw["points"][point.name] = measured(point)
         save()
     for backbone, weights in WEIGHTS.items():
-        if arguments.only in backbone and in_time() and raw["references"].get(backbone, {}).get("weights") != weights:
-            raw["references"][backbone] = reference(backbone, weights, FIRST + FURTHER)
+        if arguments.only in backbone and in_time() and raw["references"].get(backbone, {}).get("key") != reference_key(backbone, weights, EPOCHS):
+            raw["references"][backbone] = reference(backbone, weights, EPOCHS)
             save()
     test = load_split("test")
     for chain in chains():
         for point in chain:
             row = raw["points"].get(point.name)
             best = raw["references"].get(point.backbone)
-            if row and best and "test" not in row and best["validation"] - row["validation"]["accuracy"] <= LOSSES[0]:
+            if row and best and "test" not in row and _near(row, best):
                 row["test"] = judged(trained(point), test)
     save()
 

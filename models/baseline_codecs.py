@@ -32,19 +32,15 @@ class RawFloatCodec(FeatureCodec):
 
 
 class Range(nn.Module):
-    """The least and largest value seen in training, between which values are scaled to [0, 1] and back."""
+    """The least and largest value that a calibration saw."""
 
     low: Tensor
     high: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("low", torch.tensor(math.inf))
-        self.register_buffer("high", torch.tensor(-math.inf))
-
-    def see(self, x: Tensor) -> None:
-        self.low.copy_(torch.minimum(self.low, x.detach().min()))
-        self.high.copy_(torch.maximum(self.high, x.detach().max()))
+        self.register_buffer("low", torch.tensor(torch.inf))
+        self.register_buffer("high", torch.tensor(-torch.inf))
 
 
 class ToUnit(nn.Module):
@@ -55,8 +51,6 @@ class ToUnit(nn.Module):
         self.range, self.vector = seen, len(shape) == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.range.see(x)
         u = torch.clamp((x - self.range.low) / (self.range.high - self.range.low).clamp_min(1e-12), 0, 1)
         return u[..., None, None] if self.vector else u
 
@@ -74,7 +68,7 @@ class FromUnit(nn.Module):
 
 
 class RawByteCodec(SymbolCodec):
-    """The feature in 256 levels between the extremes seen in training."""
+    """The feature in 256 levels between the extremes that `calibrate` saw."""
 
     kind = "raw-8bit"
 
@@ -84,8 +78,18 @@ class RawByteCodec(SymbolCodec):
         if spec.bits != 8:
             raise ModelError(f"codec raw-8bit: bits is {spec.bits}; choose 8.")
         self.quantise, self.dequantise = Quantiser(8), Dequantiser(8)
-        seen = Range()
-        self.encode, self.decode = ToUnit(seen, self.feature_shape), FromUnit(seen, self.feature_shape)
+        self.range = Range()
+        self.encode, self.decode = ToUnit(self.range, self.feature_shape), FromUnit(self.range, self.feature_shape)
+
+    def calibrate(self, feature: Tensor) -> None:
+        """Widen the range to hold `feature` (B, C, H, W) or (B, C)."""
+        self.range.low.copy_(torch.minimum(self.range.low, feature.detach().min()))
+        self.range.high.copy_(torch.maximum(self.range.high, feature.detach().max()))
+
+    def code(self, x: Tensor) -> Coded:
+        if not torch.isfinite(self.range.low):
+            raise ModelError("codec raw-8bit: its range is not known yet; calibrate it on features of training images.")
+        return super().code(x)
 
     def build_encoder(self) -> nn.Module:
         return nn.Identity()
@@ -125,6 +129,7 @@ class PublicCodeCodec(UniformCodec):
 
     def build_encoder(self) -> nn.Module:
         _check_map(self.kind, self.feature_shape, 1)
+        _check_stride(self.spec)
         return nn.Sequential(nn.Conv2d(self.feature_shape[0], self.code_shape[0], 3, padding=1), HalfTanh())
 
     def build_decoder(self) -> nn.Module:
@@ -138,6 +143,7 @@ class PublicVectorCodec(UniformCodec):
 
     def size_code(self) -> tuple[int, int, int]:
         _check_map(self.kind, self.feature_shape, 1)
+        _check_stride(self.spec)
         return self.spec.code_channels, 1, 1
 
     def build_encoder(self) -> nn.Module:
@@ -154,6 +160,11 @@ class PublicVectorCodec(UniformCodec):
 def _check_whole(spec: CodecSpec, shape: Sequence[int], restored_channels: int | None) -> None:
     if spec.stride != 1 or spec.code_channels != shape[0] or restored_channels not in (None, shape[0]):
         raise ModelError(f"codec {spec.kind}: sends all {shape[0]} channels of the feature as they are; choose code_channels {shape[0]}, stride 1, no pruning.")
+
+
+def _check_stride(spec: CodecSpec) -> None:
+    if spec.stride != 1:
+        raise ModelError(f"codec {spec.kind}: stride is {spec.stride}; choose 1.")
 
 
 def _check_map(kind: str, shape: Sequence[int], stride: int) -> None:

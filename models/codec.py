@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from pipeline.errors import ModelError
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 COUNTING_MOMENTUM = 0.05  # a batch holds thousands of symbols a channel
 LEAST_FREQUENCY = 1e-3  # near what the coder's tables give a symbol never seen
+FIRST_COUNT = 1e-4  # the first batch outweighs it
 CONTEXT_PRIOR = 0.01  # symbols an image, by which a context leans on its channel's distribution
 
 
@@ -62,7 +63,9 @@ class NearestValue(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         ascending = self.values.sort().values
         between = (ascending[1:] + ascending[:-1]) / 2
-        return (u.unsqueeze(-1) > between).sum(-1).to(torch.uint8)
+        if torch.compiler.is_exporting():  # ONNX has no bucketize; this form of it takes 2^bits times the memory
+            return (u.unsqueeze(-1) > between).sum(-1).to(torch.uint8)
+        return torch.bucketize(u.detach().contiguous(), between.detach()).to(torch.uint8)
 
 
 class ValueOf(nn.Module):
@@ -228,7 +231,7 @@ class RateCodec(UniformCodec):
     def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
         super().__init__(spec, shape, restored_channels)
         # Counted, not learned by gradient: running counts are the best static distribution at once, at every rate_weight and learning rate.
-        self.register_buffer("counts", torch.ones(spec.code_channels, context_count(spec.bits), 2**spec.bits))
+        self.register_buffer("counts", torch.full((spec.code_channels, context_count(spec.bits), 2**spec.bits), FIRST_COUNT))
 
     def bits_of(self, symbols: Tensor) -> Tensor:
         """-log2 of the running frequency of each of `symbols`, uint8 (B, h, H', W')."""
@@ -239,7 +242,8 @@ class RateCodec(UniformCodec):
         if self.training:
             self._count(rows, symbols)
         costs, position = self._costs(), u * (2**self.spec.bits - 1)
-        below = position.detach().floor().clamp(0, 2**self.spec.bits - 2).long()
+        # a diverged training has no numbers left, which its loss will tell
+        below = position.detach().nan_to_num().floor().clamp(0, 2**self.spec.bits - 2).long()
         slope = costs[rows, below + 1] - costs[rows, below]
         bits = costs[rows, symbols.long()] + slope * (position - position.detach())
         return self.spec.rate_weight * bits.sum() / len(u)
@@ -312,19 +316,17 @@ class MultiRateCodec(SymbolCodec):
 
     def code(self, x: Tensor) -> Coded:
         u = self.encode(x)
-        if self.training:
-            self.point = int(torch.randint(len(self.spec.points), ()).item())
-        channels, _ = self.spec.points[self.point]
-        v = self.dequantise(self.received(self.quantise(u)))
+        point = int(torch.randint(len(self.spec.points), ()).item()) if self.training else self.point
+        v = self.dequantise(self._sent(self.quantise(u), point))
+        channels, _ = self.spec.points[point]
         sent = torch.arange(u.shape[1], device=u.device).reshape(-1, 1, 1) < channels
         return Coded(self.decode(v + (u - u.detach()) * sent), u.new_zeros(()))
 
-    def train(self, mode: bool = True) -> Self:
-        self.point = 0
-        return super().train(mode)
-
     def received(self, symbols: Tensor) -> Tensor:
-        channels, bits = self.spec.points[self.point]
+        return self._sent(symbols, self.point)
+
+    def _sent(self, symbols: Tensor, point: int) -> Tensor:
+        channels, bits = self.spec.points[point]
         middle = 128 >> bits
         kept = ((symbols[:, :channels] >> (8 - bits)) << (8 - bits)) | middle if bits < 8 else symbols[:, :channels]
         return torch.cat([kept, torch.full_like(symbols[:, channels:], 128)], dim=1)

@@ -62,16 +62,17 @@ class Pruner:
         """Name of each group that can be pruned -> its block."""
         return {name: block for name, (block, _) in self._groups.items()}
 
-    def scores(self, head: nn.Module, importance: Importance = "l1") -> Scores:
+    def scores(self, head: nn.Module, importance: Importance = "l1", *, own: bool = False) -> Scores:
         """How much each group's channels matter in `head`, a half of the shape that this was made for, by its weights as they are now: group -> (channels,).
 
         Summed over the layers of the group: the l1 or l2 norm of what belongs to the channel, or `taylor`, |weight * gradient| (arXiv 1906.10771), for
-        which `head` must hold gradients; add up the scores of several batches.
+        which `head` must hold gradients; add up the scores of several batches. With `own` only what computes a channel counts, not what reads it, so
+        those that `Silence` holds score 0.
 
         Raises:
             ModelError: `taylor` without gradients.
         """
-        return {name: self._importance(head, group, importance) for name, (_, group) in self._groups.items()}
+        return {name: self._importance(head, group, importance, own) for name, (_, group) in self._groups.items()}
 
     def plan(self, keep: Mapping[str, float], scores: Scores) -> ChannelPlan:
         """The channels to keep: of each group round(ratio*channels), rounded up to a multiple of the channel block, those that score highest.
@@ -126,13 +127,13 @@ class Pruner:
         return sorted(int(unit) + part * units for part in range(parts) for unit in gone)
 
     @torch.no_grad()
-    def _importance(self, head: nn.Module, group: Any, importance: Importance) -> Tensor:
+    def _importance(self, head: nn.Module, group: Any, importance: Importance, own: bool) -> Tensor:
         # Torch-Pruning's own magnitude importance passes over depthwise filters and misplaces the inputs of grouped convolutions.
         scores = torch.zeros(len(group[0].idxs), dtype=torch.float64)
         for item in group:
             traced = item.dep.target.module
             sides = _sides(self._graph, item.dep) if traced in self._names else ()
-            if not sides:
+            if not sides or (own and "out" not in sides):
                 continue
             layer = head.get_submodule(self._names[traced])
             worth = _worth(layer, sides[0], importance, self._names[traced])

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pipeline.tracking import Tracker
 
 
+SAMPLE_IMAGES = 1024  # for batch-norm statistics: the classes take turns in the file
+
+
 class Course:
     """The trainings of one stage: each kept when finished, so that an interrupted stage goes on where it was, and all logged."""
 
@@ -35,6 +38,7 @@ class Course:
         plain = [section.model_dump() if isinstance(section, Section) else section for section in sections]
         self.inputs = [*plain, *inputs, hashlib.sha256(BACKBONE_WEIGHTS.read_bytes()).hexdigest(), code]
         self.data = load_split("train"), load_split("validation")
+        self.sample = self.data[0][0][:SAMPLE_IMAGES]
         self.folders: list[Path] = []
         self.curves: list[dict[str, Any]] = []
 
@@ -52,7 +56,7 @@ class Course:
     ) -> nn.Module:
         """Train `network` in place, taught by the teacher's logits and, given its halves as `cut`, its feature there; return it."""
         settings = self.params.finetune.model_copy(update={"learning_rate": learning_rate} if learning_rate else {})
-        folder = checkpoint_folder(f"finetune-{self.device}", name, [*self.inputs, further])
+        folder = checkpoint_folder(f"finetune-{self.device}", name, [*self.inputs, epochs, further])
 
         def log(row: dict[str, float]) -> None:
             self.curves.append({"training": name, **row})

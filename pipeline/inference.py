@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,21 @@ def predict_logits(network: nn.Module, images: Tensor) -> Tensor:
         return outputs(network.eval(), images)
     finally:
         network.train(training)
+
+
+def recalibrated(network: nn.Module, images: Tensor, parts: Sequence[nn.Module] = ()) -> nn.Module:
+    """`network` in eval mode with the batch-norm statistics of its `parts` (all of it, if none are named) taken afresh from `images` (METHODS 5)."""
+    network.eval()
+    norms = [layer for part in parts or [network] for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain mean over what follows
+        layer.train()
+    outputs(network, images)
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+    return network.eval()
 
 
 def accuracy(network: nn.Module, split: Split) -> float:

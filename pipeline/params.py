@@ -77,6 +77,8 @@ class Codec(Section):
     def _paired(self) -> Self:
         if len(self.shares) != len(self.bits):
             raise ValueError(f"shares has {len(self.shares)} values and bits {len(self.bits)}; give one of each for every operating point")
+        if any(list(values) != sorted(values, reverse=True) for values in (self.shares, self.bits)):
+            raise ValueError("shares or bits rise from one operating point to the next; name the most expensive first")
         return self
 
 

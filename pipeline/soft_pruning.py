@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from models.channel_plan import ChannelPlan, Silence
 from models.pruning import Importance, Pruner
+from pipeline.errors import ParamsError
 
+STEPS_PER_ROUND = 3  # at least: one to recover, one to be silent
 RECOVERY = 1 / 3  # share of a round in which all channels train
 
 
@@ -31,9 +33,12 @@ class SoftPruning(Callback):
 
     def plan(self) -> ChannelPlan:
         """What the trained head keeps: in it, be it of this training or an earlier one that was kept, all else is zero."""
-        return self.pruner.plan(self.keep, self.pruner.scores(self.head))
+        return self.pruner.plan(self.keep, self.pruner.scores(self.head, own=True))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = int(trainer.estimated_stepping_batches)
+        if steps < STEPS_PER_ROUND * self.rounds:
+            raise ParamsError(f"finetune.prune_rounds is {self.rounds}, but prune_epochs make {steps} steps; choose at most {steps // STEPS_PER_ROUND}.")
         if self._plan is not None:
             self._silence = Silence(self.head, self._plan, self._had)
 

@@ -33,8 +33,8 @@ from pipeline.params import Params
 from pipeline.paths import DATA_CARD, profile_file
 from pipeline.runtime import coder
 from pipeline.runtime.bundle import open_session
-from pipeline.runtime.device import encode_webp
 from pipeline.runtime.frame import Kind, pack, unpack
+from pipeline.runtime.images import encode_image
 from pipeline.runtime.preprocess import Preprocessing
 
 CODER_BITS = 4
@@ -315,8 +315,8 @@ def _add_image(bench: _Bench, image_size: int) -> None:
     pixels = preprocessing.pixels(image)
     bench.calls["preprocess"] = lambda: preprocessing.tensor(pixels[None])
     for quality in bench.plan.webp_qualities:
-        bench.calls[f"webp encode {quality}"] = partial(encode_webp, pixels, quality)
-    middle = encode_webp(pixels, sorted(bench.plan.webp_qualities)[len(bench.plan.webp_qualities) // 2])
+        bench.calls[f"webp encode {quality}"] = partial(encode_image, pixels, "webp", quality)
+    middle = encode_image(pixels, "webp", sorted(bench.plan.webp_qualities)[len(bench.plan.webp_qualities) // 2])
     bench.calls["webp decode"] = lambda: preprocessing.pixels(Image.open(io.BytesIO(middle)))
 
 

@@ -32,6 +32,7 @@ except ImportError:
 
 MAX_PRECISION = 14
 CONTEXT_PRIOR = 16.0
+COUNTED_AT_ONCE = 256  # images: a symbol takes a byte, its place in the counts eight
 MIDDLE = 128  # of what 8 bits can be
 MAX_ROWS = 1 << 16
 MAX_CONTEXTS = 32  # of a channel: more would see too few symbols each, and their tables crowd a small cache
@@ -188,8 +189,11 @@ def build_tables(symbols: NDArray[np.uint8], bits: int, contexts: int = 1) -> Co
     levels = 1 << bits
     precision = max(12, bits + 6) if contexts == 1 else max(10, bits + 4)  # many tables are to stay small
     rows = symbols.shape[1] * contexts
-    places = context_rows(symbols, levels, contexts) * levels + symbols
-    counts = np.bincount(places.ravel(), minlength=rows * levels).reshape(symbols.shape[1], contexts, levels)
+    counts = np.zeros(rows * levels, np.int64)
+    for start in range(0, len(symbols), COUNTED_AT_ONCE):
+        part = symbols[start : start + COUNTED_AT_ONCE]
+        counts += np.bincount((context_rows(part, levels, contexts) * levels + part).ravel(), minlength=rows * levels)
+    counts = counts.reshape(symbols.shape[1], contexts, levels)
     whole = counts.sum(1, keepdims=True) + 1
     shares = whole if contexts == 1 else counts + CONTEXT_PRIOR * whole / whole.sum(2, keepdims=True)
     return CodecTables(bits, precision, tuple(_rounded(row, 1 << precision) for row in shares.reshape(rows, levels)), contexts)

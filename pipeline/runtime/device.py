@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +18,14 @@ from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, Bundle
 from pipeline.runtime.coder import encode
 from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import Kind, pack, unpack
+from pipeline.runtime.images import encode_image
 from pipeline.runtime.preprocess import IMAGE_SUFFIXES, open_image
 from pipeline.runtime.timing import Stopwatch, timed
 from pipeline.runtime.transport import EdgeUnreachable, Transport
 
 PARTS = ("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "total_ms")
-LOSSLESS = 100
 
 Picture = Image.Image | NDArray[np.uint8]
-
-
-def encode_webp(pixels: NDArray[np.uint8], quality: int) -> bytes:
-    """uint8 (3, S, S) as a WebP file; quality 100 is lossless."""
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "WEBP", quality=quality, lossless=quality == LOSSLESS, exact=True, method=4)
-    return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Answer:
 class DeviceHalf:
     """Runs what a bundle puts on the device. `slowdown` emulates a device that many times slower (see `timed`).
 
-    `point` is the operating point of a split to start with; set it anew between images as the link changes.
+    `point` is the operating point to start with.
 
     Raises:
         BundleError: the bundle has no such operating point.
@@ -57,18 +49,32 @@ class DeviceHalf:
 
     def __init__(self, bundle: Bundle, threads: int = 1, slowdown: float = 1.0, point: int = 0) -> None:
         self._bundle = bundle
-        self.point = point
         self._threads = threads
         self._slowdown = slowdown
         self._half: ort.InferenceSession | None = bundle.session(DEVICE, threads) if bundle.kind == "split" else None
         self._whole: ort.InferenceSession | None = None
         if bundle.kind == "split":
-            if not 0 <= point < len(bundle.points):
-                raise BundleError(f"{bundle.path} has operating points 0 to {len(bundle.points) - 1}, not {point}; choose one of them.")
             for tables in bundle.points:
                 _ = tables.slot_array  # derived here, not while the first image waits
         elif bundle.kind == "device-only":
             self._whole = bundle.session(DEVICE_ONLY, threads)
+        self.point = point
+
+    @property
+    def point(self) -> int:
+        """The operating point in force; set it between images as the link changes.
+
+        Raises:
+            BundleError: on setting one that the bundle does not have.
+        """
+        return self._point
+
+    @point.setter
+    def point(self, point: int) -> None:
+        count = len(self._bundle.points) if self._bundle.kind == "split" else 1
+        if not 0 <= point < count:
+            raise BundleError(f"{self._bundle.path} has operating points 0 to {count - 1}, not {point}; choose one of them.")
+        self._point = point
 
     def run(self, picture: Picture) -> tuple[bytes, dict[str, float]]:
         """The frame to send for one picture (a PIL image, or uint8 (3, S, S) as preprocessing gives), and {"device_ms", "encode_ms"}.
@@ -115,7 +121,7 @@ class DeviceHalf:
         pixels = self._pixels(picture, watch)
         if self._bundle.kind == "edge-only":
             with watch.part("encode_ms"):
-                return pack(encode_webp(pixels, self._bundle.quality), self._bundle.bundle_id, Kind.IMAGE)
+                return pack(encode_image(pixels, "webp", self._bundle.quality), self._bundle.bundle_id, Kind.IMAGE)
         half = self._half or self._bundle.session(DEVICE, self._threads)  # the latter says which kind lacks it
         symbols = self._infer(half, pixels, watch)
         with watch.part("encode_ms"):

@@ -44,6 +44,7 @@ class Candidate:
     points: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple(tuple(point) for point in self.points))
         coded = (self.code_channels, self.stride, self.bits)
         if self.kind == "split":
             if any(value is None for value in coded) or self.quality is not None:
@@ -62,7 +63,9 @@ class Candidate:
                 raise ParamsError(f"candidate at cut {self.cut}: codec is {self.codec}; choose one of {', '.join(CODECS)}.")
             if (self.codec == "rate") != (self.rate_weight is not None and 0 <= self.rate_weight < math.inf):
                 raise ParamsError(f"candidate at cut {self.cut}: codec {self.codec} with rate_weight {self.rate_weight}; rate takes 0 or more, others none.")
-            object.__setattr__(self, "points", tuple(tuple(point) for point in self.points))
+            for point in self.points:
+                if len(point) != 2 or any(type(n) is not int for n in point) or not (1 <= point[0] <= self.code_channels and 1 <= point[1] <= 8):
+                    raise ParamsError(f"candidate at cut {self.cut}: point {point}; give channels, 1 to {self.code_channels}, and bits, 1 to 8.")
             if bool(self.points) != (self.codec == "multi-rate"):
                 raise ParamsError(f"candidate at cut {self.cut}: codec {self.codec} with {len(self.points)} points; multi-rate has some, others none.")
             if self.precision not in get_args(Precision):

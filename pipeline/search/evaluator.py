@@ -26,13 +26,13 @@ from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_fr
 from pipeline.costs.link import Link, wire_bytes
 from pipeline.data import EVALUATION_BATCH, Split, normalise
 from pipeline.errors import ModelError
-from pipeline.inference import accuracy, outputs
+from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.losses import feature_loss, logits_loss
 from pipeline.networks import layers_up_to, pruner, split_network, tables_of
 from pipeline.params import Codec, Search
 from pipeline.runtime import coder
-from pipeline.runtime.device import encode_webp
 from pipeline.runtime.frame import OVERHEAD_BYTES
+from pipeline.runtime.images import encode_image
 from pipeline.runtime.preprocess import Preprocessing
 from pipeline.search.candidate import Candidate
 from pipeline.search.candidate import Measurement as Measurement
@@ -82,7 +82,7 @@ class Evaluator:
         self._teacher_logits = outputs(self.backbone, self.images)
         self._features: dict[str, Tensor] = {}
         self._heads: dict[str, nn.Module] = {}
-        self._pruners: dict[str, tuple[Pruner, Scores]] = {}
+        self._pruners: dict[str, tuple[Pruner, Scores] | ModelError] = {}
         self._keep: dict[str, dict[str, tuple[float, ...]]] = {}
         self._whole_macs = count_macs(self.backbone, self.example)
         self.reference_accuracy = accuracy(self.backbone, validation)
@@ -135,9 +135,15 @@ class Evaluator:
             return ChannelPlan()
         if cut not in self._pruners:
             head = self._head(cut)
-            chooser = pruner(head, self.example, self.cuts, cut, self.deployment.device.channel_block)
-            self._pruners[cut] = chooser, chooser.scores(head)
-        chooser, scores = self._pruners[cut]
+            try:
+                chooser = pruner(head, self.example, self.cuts, cut, self.deployment.device.channel_block)
+                self._pruners[cut] = chooser, chooser.scores(head)
+            except ModelError as error:  # kept: finding out takes seconds, and is asked for every block
+                self._pruners[cut] = error
+        known = self._pruners[cut]
+        if isinstance(known, ModelError):
+            raise known
+        chooser, scores = known
         return chooser.plan(keep, scores)
 
     def measure(self, candidate: Candidate, trial_seed: int) -> Measurement:
@@ -157,7 +163,7 @@ class Evaluator:
 
     def _measure_edge_only(self, candidate: Candidate, quality: int) -> Measurement:
         images, labels = self.validation
-        files = [encode_webp(image.numpy(), quality) for image in images]
+        files = [encode_image(image.numpy(), "webp", quality) for image in images]
         preprocessing = Preprocessing(images.shape[-1])
         received = torch.from_numpy(np.stack([preprocessing.pixels(Image.open(io.BytesIO(file))) for file in files]))
         costs = self._half_costs(candidate, {}, quality=quality)
@@ -186,7 +192,7 @@ class Evaluator:
                 right += int((on_edge(codec.received(symbols)).argmax(1) == truth).sum())
             coded.extend(symbols.numpy()[: max(0, SAMPLE_IMAGES - len(coded))])
         tables = tables_of(candidate, outputs(on_device, self.images[:SAMPLE_IMAGES]).numpy())[0]
-        payloads = [len(coder.encode(symbols, tables)) for symbols in coded]
+        payloads = [len(coder.encode(symbols, tables)) + (len(candidate.points) > 1) for symbols in coded]  # a byte says which point
 
         feature, code = torch.zeros(1, *network.codec.feature_shape), torch.from_numpy(coded[0][None])
         costs = self._half_costs(
@@ -287,18 +293,7 @@ class Evaluator:
             optimiser.step()
             schedule.step()
         trained = [split_network.codec, split_network.tail] if split_network and whole_head else [network]
-        self._recalibrate(network, trained)
-
-    def _recalibrate(self, network: nn.Module, trained: Sequence[nn.Module]) -> None:
-        """Statistics of the `trained` parts' batch norms afresh, by the final weights: so few steps leave running ones far behind (METHODS 5)."""
-        network.eval()
-        norms = [layer for part in trained for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-        for layer in norms:
-            layer.reset_running_stats()
-            layer.momentum = None  # a plain mean over what follows
-            layer.train()
-        outputs(network, self.images[:SAMPLE_IMAGES])
-        network.eval()
+        recalibrated(network, self.images[:SAMPLE_IMAGES], trained)
 
     def _batches(self, trial_seed: int) -> Iterator[Tensor]:
         """Indices into the subset, epoch after epoch in a fresh order."""

@@ -74,7 +74,10 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         if quantised:
             calibration = torch.split(load_split("train")[0][:CALIBRATION_IMAGES], 1)
             files[DEVICE] = quantise(files[DEVICE], (preprocessing.tensor(image.numpy()) for image in calibration))
-        points = tables_of(candidate, _symbols(files[DEVICE], preprocessing))
+        symbols = _symbols(files[DEVICE], preprocessing)
+        if candidate.codec == "codebook":
+            parity["codebook"] = _alive(symbols, candidate)
+        points = tables_of(candidate, symbols)
         parity["split"] = check_split(network, files[DEVICE], files[EDGE], points, preprocessing, validation, quantised)
     _load(backbone, paths.reference_weights)
     reference = files[DEVICE_ONLY] = export_onnx(backbone, example, input_name="image", output_name="logits")
@@ -137,6 +140,17 @@ def _symbols(model: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     images = images[:: -(-len(images) // TABLE_IMAGES)]
     session = open_session(model, 1)
     return np.concatenate([session.run(["symbols"], {"image": preprocessing.tensor(part.numpy())})[0] for part in torch.split(images, BATCH)])
+
+
+def _alive(symbols: NDArray[np.uint8], candidate: Candidate) -> dict[str, float]:
+    """How many of the codebook's values the training images use; ModelError if it is one, so that nothing is sent."""
+    used = len(np.unique(symbols))
+    if used == 1:
+        raise ModelError(
+            f"the codebook of {candidate.label()} has collapsed: every symbol of the training images is the same of its {2 ** (candidate.bits or 0)} values; "
+            "lower codec.commitment or finetune.codec_learning_rate, or choose codec.kind uniform."
+        )
+    return {"values_used": used}
 
 
 def _track(tracker: Tracker, bundle: Bundle, image: NDArray[np.float32]) -> None:

@@ -17,7 +17,7 @@ from pipeline.costs.device_profile import DeviceProfile
 from pipeline.course import Course
 from pipeline.data import load_card, load_split
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
-from pipeline.inference import accuracy
+from pipeline.inference import accuracy, recalibrated
 from pipeline.networks import pruner, split_network
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DevicePaths
@@ -34,8 +34,8 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
 
     A chosen split is made in up to three trainings, each taught by the pretrained backbone (METHODS 2 and 3): `prune`, the unsplit network with ever
     more channels of the device half silenced; `codec`, the codec alone; `split`, all. The reference is the better on validation of that backbone as
-    pretrained and after as many further epochs as the split's, by the same recipe, that teacher included, so that what a split loses is not hidden
-    by what training longer gains. Split weights are the state dict of the `CoInference`; of a candidate without a codec, that of the (pruned) whole.
+    pretrained and after as many further epochs as the split's backbone (those of `prune` and `split`), by the same recipe, that teacher included, so that
+    what a split loses is not hidden by what training longer gains. Split weights are the state dict of the `CoInference`; of a candidate without a codec, that of the (pruned) whole.
 
     Raises:
         CoinferError: an input is missing or does not fit.
@@ -78,17 +78,20 @@ def _student(course: Course, candidate: Candidate, paths: DevicePaths, example: 
     if candidate.keep:
         rows = read_json(paths.cuts, "the list of cut points")
         cuts = [CutPoint.from_dict({field.name: row[field.name] for field in fields(CutPoint)}) for row in rows]
-        chooser = pruner(head, example, cuts, candidate.cut, DeviceProfile.load(paths.device_profile).channel_block)
+        channel_block = DeviceProfile.load(paths.device_profile).channel_block
+        chooser = pruner(head, example, cuts, candidate.cut, channel_block)
         soft = SoftPruning(head, chooser, dict(candidate.keep), settings.prune_rounds, settings.importance)
         if settings.prune_epochs:
-            course.run("prune", body, epochs=settings.prune_epochs, callbacks=[soft])
+            course.run("prune", body, epochs=settings.prune_epochs, callbacks=[soft], further=[channel_block, chooser.groups])
         plan = soft.plan()
     if candidate.kind == "device-only":
-        return course.run("split", rebuild(head, plan), epochs=settings.epochs), plan
+        return course.run("split", recalibrated(rebuild(head, plan), course.sample), epochs=settings.epochs, further=plan.to_dict()), plan
     torch.manual_seed(course.params.run.seed)
     network = split_network(body, example, candidate, plan, course.params.codec.commitment)
+    if plan.kept:
+        recalibrated(network.head, course.sample)
     cut = split(copy.deepcopy(course.teacher), example, candidate.cut)
     if settings.codec_epochs:
         frozen = (network.head, network.tail)
-        course.run("codec", network, epochs=settings.codec_epochs, cut=cut, learning_rate=settings.codec_learning_rate, frozen=frozen)
-    return course.run("split", network, epochs=settings.epochs, cut=cut), plan
+        course.run("codec", network, epochs=settings.codec_epochs, cut=cut, learning_rate=settings.codec_learning_rate, frozen=frozen, further=plan.to_dict())
+    return course.run("split", network, epochs=settings.epochs, cut=cut, further=plan.to_dict()), plan

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.baseline_codecs import RawByteCodec
 from models.codec import CodecSpec, SymbolCodec
 from models.codecs import build_codec
 from pipeline.errors import ModelError
@@ -24,11 +25,13 @@ def test_the_raw_feature_arrives_as_it_was(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 8, 8), (6,)])
-def test_a_byte_a_value_is_off_by_half_a_step_of_the_range_seen_in_training(shape: tuple[int, ...]) -> None:
-    codec = symbol_codec("raw-8bit", shape, 6, 1, 8).train()
+def test_a_byte_a_value_is_off_by_half_a_step_of_the_range_of_the_calibration(shape: tuple[int, ...]) -> None:
+    codec = symbol_codec("raw-8bit", shape, 6, 1, 8).eval()
+    assert isinstance(codec, RawByteCodec)
+    with pytest.raises(ModelError, match="its range is not known yet; calibrate it"):
+        codec(torch.rand(2, *shape))
     for _ in range(3):
-        codec(torch.rand(64, *shape) * 5 - 2)
-    codec.eval()
+        codec.calibrate(torch.rand(64, *shape) * 5 - 2)
     feature = torch.rand(64, *shape) * 5 - 2
     assert (codec(feature).decoded - feature).abs().max() <= 1.01 * 5 / 255 / 2
     assert codec(feature + 100).decoded.max() == pytest.approx(3, abs=0.1), "what lies outside is cut off, not wrapped"
@@ -77,6 +80,8 @@ def test_gradients_reach_every_layer(kind: str) -> None:
         (CodecSpec("raw-8bit", 8, 1, 4), (8, 8, 8), "bits is 4; choose 8"),
         (CodecSpec("bottlenet++", 4, 2, 8), (8, 7, 7), r"stride 2 does not divide the feature \(8, 7, 7\)"),
         (CodecSpec("public-code", 4, 1, 8), (8,), "choose a map"),
+        (CodecSpec("public-code", 4, 2, 8), (8, 16, 16), "stride is 2; choose 1"),
+        (CodecSpec("public-code-vector", 4, 2, 8), (8, 8, 8), "stride is 2; choose 1"),
     ],
 )
 def test_a_baseline_that_cannot_be_is_refused(spec: CodecSpec, shape: tuple[int, ...], message: str) -> None:

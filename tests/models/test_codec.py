@@ -220,16 +220,20 @@ def test_one_codec_learns_several_rates_and_loses_more_at_fewer_bits() -> None:
     assert lost[2] < 0.6 < 1
 
 
-def test_every_batch_is_coded_at_a_point_of_its_own_and_evaluation_starts_with_the_first() -> None:
+def test_every_batch_is_coded_at_a_point_of_its_own_and_evaluation_starts_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     codec = build_codec(CodecSpec("multi-rate", 6, 1, 8, points=POINTS), (8, 8, 8))
     assert isinstance(codec, MultiRateCodec)
-    seen = []
+    seen: list[int] = []
+    sent = codec._sent
+    monkeypatch.setattr(codec, "_sent", lambda symbols, point: seen.append(point) or sent(symbols, point))
     for _ in range(40):
         codec(torch.randn(2, 8, 8, 8))
-        seen.append(codec.point)
     assert set(seen) == {0, 1, 2, 3}
-    assert codec.eval().point == 0
+    codec.eval()(torch.randn(2, 8, 8, 8))
+    codec.point = 2
+    codec.eval()(torch.randn(2, 8, 8, 8))
+    assert seen[40:] == [0, 2]
 
 
 @pytest.mark.parametrize("point", range(len(POINTS)))

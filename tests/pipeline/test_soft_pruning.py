@@ -11,6 +11,7 @@ from models.channel_plan import ChannelPlan, rebuild
 from models.cutting import cut_points, split
 from models.pruning import Importance, Pruner
 from pipeline.data import normalise
+from pipeline.errors import ParamsError
 from pipeline.params import Finetune
 from pipeline.soft_pruning import SoftPruning
 from pipeline.training import Classifier, DataModule, fit, weights_bytes
@@ -87,6 +88,29 @@ def test_an_interrupted_pruning_goes_on_bit_for_bit(tmp_path: Path, importance: 
     again, _, resumed = pruned(importance, tmp_path)
     assert weights_bytes(again) == weights_bytes(network)
     assert resumed.plan() == soft.plan() != ChannelPlan()
+
+
+def test_too_few_steps_for_the_rounds_are_refused() -> None:
+    network = tiny_backbone(3, 16)
+    head, _ = split(network, EXAMPLE, "block2")
+    layers = {point.name: point.layers for point in cut_points(network, EXAMPLE) if point.name in KEEP}
+    soft = SoftPruning(head, Pruner(head, EXAMPLE, layers), KEEP, rounds=4, importance="taylor")
+    data = DataModule(coloured(96), coloured(30), SETTINGS, 3)
+    with pytest.raises(ParamsError, match=r"prune_rounds is 4, but prune_epochs make 6 steps; choose at most 2\."):
+        fit(Classifier(network, SETTINGS, 0.0), data, name="prune", epochs=1, checkpoint_dir=None, threads=1, precision="fp32", log=print, callbacks=[soft])
+
+
+def test_what_reads_a_silenced_channel_does_not_save_it() -> None:
+    """A large weight that reads channel 0 outweighs it in the group's score, but not in its own."""
+    head = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False))
+    with torch.no_grad():
+        nn.init.ones_(head[0].weight)
+        nn.init.ones_(head[2].weight)
+        head[0].weight[0] = 0
+        head[2].weight[:, 0] = 100
+    pruner = Pruner(head, torch.zeros(1, 3, 4, 4), {"block": ("0", "2")})
+    assert pruner.plan({"block": 0.75}, pruner.scores(head)).kept["0"]["out"] != (1, 2, 3)
+    assert SoftPruning(head, pruner, {"block": 0.75}, 1, "l1").plan().kept["0"]["out"] == (1, 2, 3)
 
 
 def test_a_finished_pruning_gives_its_plan_again(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from pipeline.costs.link import Link, wire_bytes
 from pipeline.errors import BundleError, CoinferError, DataError, FrameError
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE
 from pipeline.runtime.coder import as_received, build_embedded_tables
-from pipeline.runtime.device import PARTS, DeviceHalf, classify_directory, encode_webp
+from pipeline.runtime.device import PARTS, DeviceHalf, classify_directory
 from pipeline.runtime.edge import EdgeHalf, edge_process, serve
 from pipeline.runtime.frame import Kind, pack, unpack
+from pipeline.runtime.images import encode_image
 from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTransport
 
 
@@ -69,6 +70,8 @@ def test_points_that_are_not_there_are_refused(several_points, picture):
     with pytest.raises(BundleError, match="has operating points 0 to 1, not 2; choose one of them"):
         DeviceHalf(several_points, point=2)
     half = DeviceHalf(several_points)
+    with pytest.raises(BundleError, match="has operating points 0 to 1, not -1"):
+        half.point = -1
     payload = unpack(half.run(picture)[0]).payload
     for wrong in (b"", bytes([2]) + payload[1:], bytes([255])):
         reply, _ = EdgeHalf(several_points).handle(pack(wrong, several_points.bundle_id, Kind.SYMBOLS))
@@ -80,7 +83,7 @@ def test_edge_only_lossless_gives_the_logits_of_the_image_itself(make_bundle, pi
     bundle = make_bundle("edge-only")
     answer = DeviceHalf(bundle).classify(picture, LoopbackTransport(EdgeHalf(bundle)))
     assert np.array_equal(answer.logits, answer_of(bundle, EDGE, bundle.preprocessing.tensor(picture[None]))[0])
-    assert answer.frame_bytes == len(encode_webp(picture, 100)) + 13
+    assert answer.frame_bytes == len(encode_image(picture, "webp", 100)) + 13
 
 
 def test_edge_only_sends_less_at_a_lower_quality(make_bundle, picture):
@@ -150,7 +153,7 @@ def test_an_edge_half_answers_nonsense_with_an_error_frame(make_bundle, picture,
     Image.new("RGB", (600, 600)).save(large, "WEBP")
     png = io.BytesIO()
     Image.new("RGB", (8, 8)).save(png, "PNG")
-    webp = encode_webp(picture, 100)
+    webp = encode_image(picture, "webp", 100)
     for payload in (b"", b"\0", b"\xff" * 500, large.getvalue(), png.getvalue(), webp[: len(webp) // 2], webp[:12] + b"\xff" * 40):
         for sent in (Kind.SYMBOLS, Kind.IMAGE, Kind.REPLY, Kind.ERROR):
             reply = unpack(edge.handle(pack(payload, bundle.bundle_id, sent))[0])

@@ -11,8 +11,8 @@ from pipeline.data import normalise
 from pipeline.errors import ModelError
 from pipeline.networks import layers_up_to, split_network
 from pipeline.params import Codec
-from pipeline.runtime.device import encode_webp
 from pipeline.runtime.frame import OVERHEAD_BYTES
+from pipeline.runtime.images import encode_image
 from pipeline.search.candidate import Candidate
 from pipeline.search.evaluator import Evaluator
 from tests.pipeline.search.toy import deployment, pictures
@@ -84,7 +84,7 @@ def test_training_a_split_teaches_it(make):
 def test_batch_norms_know_the_final_weights(make, monkeypatch):
     evaluator = make()
     recalibrated = evaluator.measure(SPLIT, 1).accuracy
-    monkeypatch.setattr(Evaluator, "_recalibrate", lambda self, network, trained: network.eval())
+    monkeypatch.setattr("pipeline.search.evaluator.recalibrated", lambda network, images, parts: network.eval())
     assert recalibrated > evaluator.measure(SPLIT, 1).accuracy
 
 
@@ -129,7 +129,7 @@ def test_every_codec_is_measured_like_the_first(make, codec):
 def test_edge_only_sends_webp(make):
     evaluator = make()
     lossless, coarse = (evaluator.measure(Candidate("input", quality=quality), 1) for quality in (100, 5))
-    sizes = [len(encode_webp(image.numpy(), 100)) for image in evaluator.validation[0]]
+    sizes = [len(encode_image(image.numpy(), "webp", 100)) for image in evaluator.validation[0]]
     assert lossless.payload_bits == pytest.approx(8 * sum(sizes) / len(sizes))
     assert lossless.accuracy == evaluator.reference_accuracy
     assert coarse.wire_bytes < lossless.wire_bytes

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
 from pipeline import parity
-from pipeline.errors import CoinferError, FrameError, Interrupted, ParityError
+from pipeline.errors import CoinferError, FrameError, Interrupted, ModelError, ParityError
 from pipeline.params import Params
 from pipeline.parity import check_split, check_whole
 from pipeline.runtime.bundle import Bundle
@@ -70,6 +71,18 @@ def test_an_int8_device_half_is_judged_by_itself_and_answers(workdir: Path, digi
     whole = Bundle.load(paths.bundle)
     assert whole.read("edge.onnx") == halves["edge.onnx"], "the edge half stays as it is"
     assert whole.read("device.onnx") != halves["device.onnx"]
+
+
+def test_a_codebook_that_collapsed_is_named(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+    candidate = Candidate("block1", code_channels=4, stride=2, bits=3, codec="codebook")
+    paths = write_finetuned(digits_params, candidate)
+    assert export.run(digits_params, "camera", tracker)["codebook"]["values_used"] > 2
+    weights = load_file(paths.split_weights)
+    for name in ("codec.values", "codec.quantise.values", "codec.dequantise.values"):
+        weights[name] = torch.linspace(5, 6, 8)  # all above what the clamp lets through
+    save_file(weights, paths.split_weights)
+    with pytest.raises(ModelError, match=r"the codebook of block1 4ch /2 3bit codebook has collapsed: .* the same of its 8 values; lower codec\.commitment"):
+        export.run(digits_params, "camera", tracker)
 
 
 def test_a_multi_rate_split_passes_the_gate_at_every_point(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:

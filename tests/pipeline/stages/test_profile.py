@@ -82,14 +82,14 @@ def test_ctrl_c_while_measuring_keeps_the_profile_as_it_was(prepared: Path, digi
     measure_into(params, path)
     before = path.read_bytes()
 
-    encode, calls = measure.encode_webp, itertools.count()
+    encode, calls = measure.encode_image, itertools.count()
 
     def interrupted(*image_and_quality: Any) -> bytes:
         if next(calls) == 5:
             raise KeyboardInterrupt
         return encode(*image_and_quality)
 
-    monkeypatch.setattr(measure, "encode_webp", interrupted)
+    monkeypatch.setattr(measure, "encode_image", interrupted)
     with pytest.raises(Interrupted, match=r"measuring was interrupted; nothing is kept, run it again\.$"):
         measure_into(params, path)
     assert path.read_bytes() == before
