@@ -34,8 +34,9 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
 
     A chosen split is made in up to three trainings, each taught by the pretrained backbone (METHODS 2 and 3): `prune`, the unsplit network with ever
     more channels of the device half silenced; `codec`, the codec alone; `split`, all. The reference is the better on validation of that backbone as
-    pretrained and after as many further epochs as the split's backbone (those of `prune` and `split`), by the same recipe, that teacher included, so that
-    what a split loses is not hidden by what training longer gains. Split weights are the state dict of the `CoInference`; of a candidate without a codec, that of the (pruned) whole.
+    pretrained and after as many further epochs as the split's backbone (those of `prune` and `split`), by the same recipe, that teacher included, so
+    that what a split loses is not hidden by what training longer gains. Split weights are the state dict of the `CoInference`; of a candidate without
+    a codec, that of the (pruned) whole.
 
     Raises:
         CoinferError: an input is missing or does not fit.
