@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -64,9 +66,19 @@ def stage_seconds() -> tuple[dict[str, float], list[str]]:
         if finished:
             latest = runs[finished[0]]
             found[stage] = (latest.info.end_time - latest.info.start_time) / 1e3
-            if any(run.info.status != "FINISHED" for run in runs[finished[0] + 1 :][:1]):
+            if _kept_epochs(client, latest) or any(run.info.status != "FINISHED" for run in runs[finished[0] + 1 :][:1]):
                 resumed.append(stage)
     return found, resumed
+
+
+def _kept_epochs(client: mlflow.MlflowClient, run: Any) -> bool:
+    """Whether the run began with epochs that an earlier one, maybe of another working copy, had trained: they are logged at once."""
+    for key in (key for key in run.data.metrics if key.endswith("loss")):
+        times = [run.info.start_time, *sorted(row.timestamp for row in client.get_metric_history(run.info.run_id, key))]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        if len(gaps) > 2 and min(gaps) < 0.2 * statistics.median(gaps):
+            return True
+    return False
 
 
 def collect(device: str, repro_s: float | None, noop_repro_s: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, str], list[int]]:
