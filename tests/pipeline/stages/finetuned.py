@@ -17,6 +17,7 @@ from pipeline.networks import split_network
 from pipeline.params import Params
 from pipeline.paths import DATA, DATA_CARD, DevicePaths, split_file
 from pipeline.search.candidate import Candidate
+from pipeline.training import weights_bytes
 
 SPLIT = Candidate(cut="block1", code_channels=4, stride=2, bits=3)
 EDGE_ONLY = Candidate(cut="input", quality=75)
@@ -47,8 +48,8 @@ def write_finetuned(params: Params, candidate: Candidate) -> DevicePaths:
         network, plan = prune_head(split(reference, example, candidate.cut)[0], example, dict(candidate.keep), layers)
     if candidate.kind == "split":
         network = split_network(reference, example, candidate, plan)
-    save_file(network.state_dict(), paths.split_weights)
-    save_file(reference.state_dict(), paths.reference_weights)
+    paths.split_weights.write_bytes(weights_bytes(network))
+    paths.reference_weights.write_bytes(weights_bytes(reference))
     paths.split_spec.write_text(json.dumps({"candidate": candidate.to_dict(), "plan": plan.to_dict(), "reference": "pretrained"}))
     for profile in (paths.device_profile, paths.edge_profile):
         profile.write_text(json.dumps({"threads": 1}))
