@@ -30,11 +30,11 @@ CUTS = {
 }
 FIRST, FURTHER, CODEC_ALONE = 4, 2, 1  # epochs of a chain's first point, of each after it, and of the codec alone before the first
 EPOCHS = FIRST + FURTHER  # of the reference
-RATES = {"first": (1e-4, 3e-4, 6e-4, 1e-3), "middle": (1e-4, 4e-4, 1e-3, 2e-3), "last": (3e-4, 1e-3, 3e-3, 6e-3)}
+RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1e-3, 2.5e-3), "last": (1e-3, 4e-3, 1e-2)}
 SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
-    "first": ((16, 4, 4), ((16, 4, 4), (16, 4, 2), (12, 4, 2), (8, 4, 2))),
-    "middle": ((16, 4, 4), ((32, 4, 3), (24, 4, 2), (16, 4, 2), (12, 4, 2))),
-    "last": ((16, 4, 3), ((16, 4, 3), (12, 4, 2), (8, 4, 2), (8, 4, 1))),
+    "first": ((16, 4, 4), ((16, 4, 3), (16, 4, 2), (8, 4, 2))),
+    "middle": ((16, 4, 4), ((24, 4, 3), (16, 4, 2), (12, 4, 2))),
+    "last": ((16, 4, 3), ((12, 4, 2), (8, 4, 2), (8, 4, 1))),
 }
 LOSS = 0.010  # of accuracy, on validation
 TEST_LOSS = 0.0125  # what a point may lose on test before its figure is null
@@ -45,17 +45,17 @@ Raw = dict[str, Any]
 
 def chains() -> Iterator[list[Point]]:
     """Chains of points, each point starting from the one before it; what matters most comes first."""
-    for where, cut in CUTS["resnet20"].items():
-        rate, uniform = SIZES[where]
-        yield _chain("resnet20", cut, [CodecSpec("rate", *rate, rate_weight=weight) for weight in RATES[where]])
-        yield _chain("resnet20", cut, [CodecSpec("uniform", *size) for size in uniform])
-    for where, cut in CUTS["resnet20"].items():
-        stride = SIZES[where][0][1]
-        yield _chain("resnet20", cut, [CodecSpec("bottlenet++", width, stride, 8) for width in (8, 4, 2)])
-        yield _chain("resnet20", cut, [CodecSpec("codebook", *SIZES[where][1][1])])
-    for where, cut in CUTS["resnet56"].items():
-        rate, _ = SIZES[where]
-        yield _chain("resnet56", cut, [CodecSpec("rate", *rate, rate_weight=weight) for weight in RATES[where][:3]])
+    small, large = CUTS["resnet20"], CUTS["resnet56"]
+    for where in ("middle", "last", "first"):
+        yield _chain("resnet20", small[where], [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
+    for where in ("middle", "last", "first"):
+        yield _chain("resnet20", small[where], [CodecSpec("bottlenet++", width, SIZES[where][0][1], 8) for width in (8, 4, 2)])
+    for where in ("middle", "last", "first"):
+        yield _chain("resnet20", small[where], [CodecSpec("uniform", *size) for size in SIZES[where][1]])
+    for where in ("middle", "last", "first"):
+        yield _chain("resnet20", small[where], [CodecSpec("codebook", *SIZES[where][1][1])])
+    for where in ("middle", "last", "first"):
+        yield _chain("resnet56", large[where], [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
 
 
 def _chain(backbone: str, cut: str, codecs: list[CodecSpec]) -> list[Point]:

@@ -25,7 +25,7 @@ BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `expor
 SECTIONS = {
     "prepare": ("data",),
     "pretrain": ("run", "data", "backbone", "pretrain"),
-    "profile": ("run", "data", "backbone"),
+    "profile": ("run", "data", "backbone", "search"),
     "search": ("run", "data", "backbone", "codec", "search", "objective"),
     "finetune": ("run", "data", "backbone", "pretrain", "codec", "finetune"),
     "export": ("run", "data", "backbone"),

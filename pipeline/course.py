@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 from torch import nn
 
-from pipeline.data import load_split
+from models.coinference import CoInference
+from pipeline.data import Sent, load_split
 from pipeline.distilling import Distiller
 from pipeline.errors import Interrupted
 from pipeline.fingerprint import TRAINING_CODE, fingerprint
 from pipeline.params import Params, Section
 from pipeline.paths import BACKBONE_WEIGHTS
+from pipeline.split_distilling import SplitDistiller
 from pipeline.training import DataModule, checkpoint_folder, fit
 
 if TYPE_CHECKING:
@@ -31,9 +33,8 @@ class Course:
 
     def __init__(self, params: Params, device: str, tracker: Tracker, teacher: nn.Module, inputs: list[Any]) -> None:
         self.params, self.device, self.tracker, self.teacher = params, device, tracker, teacher
-        code = fingerprint(
-            [*TRAINING_CODE, "pipeline/course.py", "pipeline/losses.py", "pipeline/soft_pruning.py", "pipeline/stages/finetune.py"], params.backbone.name
-        )
+        own = [f"pipeline/{name}.py" for name in ("course", "losses", "soft_pruning", "split_distilling", "stages/finetune")]
+        code = fingerprint([*TRAINING_CODE, *own], params.backbone.name)
         sections = [params.run, params.codec, params.finetune, params.pretrain.label_smoothing, params.backbone.name]
         plain = [section.model_dump() if isinstance(section, Section) else section for section in sections]
         self.inputs = [*plain, *inputs, hashlib.sha256(BACKBONE_WEIGHTS.read_bytes()).hexdigest(), code]
@@ -53,8 +54,12 @@ class Course:
         frozen: Sequence[nn.Module] = (),
         callbacks: Sequence[Callback] = (),
         further: Any = None,
+        view: Sent | None = None,
     ) -> nn.Module:
-        """Train `network` in place, taught by the teacher's logits and, given its halves as `cut`, its feature there; return it."""
+        """Train `network` in place, taught by the teacher's logits and, given its halves as `cut`, its feature there; return it.
+
+        With a `view` the network sees what that leaves of the images, and the teacher the images.
+        """
         settings = self.params.finetune.model_copy(update={"learning_rate": learning_rate} if learning_rate else {})
         folder = checkpoint_folder(f"finetune-{self.device}", name, [*self.inputs, epochs, further])
 
@@ -62,12 +67,15 @@ class Course:
             self.curves.append({"training": name, **row})
             self.tracker.log_metrics({f"{name}_{key}": row[key] for key in ("loss", "accuracy_validation")}, step=int(row["epoch"]))
 
-        teacher = cut or (copy.deepcopy(self.teacher),)
-        lesson = Distiller(network, teacher, settings, self.params.pretrain.label_smoothing, frozen)
+        smoothing = self.params.pretrain.label_smoothing
+        if isinstance(network, CoInference):
+            lesson: Distiller = SplitDistiller(network, cut or copy.deepcopy(self.teacher), settings, smoothing, frozen)
+        else:
+            lesson = Distiller(network, copy.deepcopy(self.teacher), settings, smoothing, frozen)
         try:
             fit(
                 lesson,
-                DataModule(*self.data, settings, self.params.run.seed),
+                DataModule(*self.data, settings, self.params.run.seed, view),
                 name=f"finetune {self.device}, {name}",
                 epochs=epochs,
                 checkpoint_dir=folder,

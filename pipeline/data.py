@@ -16,10 +16,12 @@ from pipeline.errors import DataError
 from pipeline.files import read_json
 from pipeline.params import Training
 from pipeline.paths import DATA_CARD, split_file
+from pipeline.runtime.images import Format, encode_image, open_encoded
 from pipeline.runtime.preprocess import MEAN, STD, Preprocessing
 
 EVALUATION_BATCH = 256
 Split = tuple[Tensor, Tensor]
+View = Callable[[Tensor], Tensor]  # uint8 (B, 3, S, S) -> uint8 (B, 3, S, S)
 
 
 def load_split(name: str) -> Split:
@@ -59,6 +61,23 @@ def load_card() -> Card:
     return Card(len(fields["classes"]), int(fields["image_size"]), str(fields["sha256"]["all"]))
 
 
+@dataclass(frozen=True)
+class Sent:
+    """uint8 images (B, 3, S, S) -> what is left of them when sent in an image format: the same shape and type."""
+
+    image_format: Format
+    quality: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.and_files(images)[0]
+
+    def and_files(self, images: Tensor) -> tuple[Tensor, list[bytes]]:
+        """The images as they arrive, and the files that were sent."""
+        files = [encode_image(image.numpy(), self.image_format, self.quality) for image in images]
+        arrived = [np.asarray(open_encoded(file, self.image_format, self.quality).convert("RGB")).transpose(2, 0, 1) for file in files]
+        return torch.from_numpy(np.stack(arrived)), files
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 3, S, S) -> float32 of the same shape in channels_last memory, by the arithmetic that the device uses too."""
     tensor = torch.from_numpy(Preprocessing(images.shape[-1], MEAN, STD).tensor(images.numpy()))
@@ -88,27 +107,30 @@ def _reflect(positions: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]
 
 
 class Batches:
-    """One pass over `split` each time it is iterated: (images float32 (B, 3, S, S), labels int64 (B,)).
+    """One pass over `split` each time it is iterated: (images float32 (B, 3, S, S), labels int64 (B,)), and with a `view` what that was given, as a third.
+
+    `view` is what becomes of cropped and flipped uint8 images on their way to the network, such as a lossy format.
 
     Order, crops and flips, and torch's own generator (dropout) are a function of (seed, epoch, step) alone, so a training resumed at an
     epoch's start goes on bit for bit as if it had never stopped. The last, smaller batch is left out: batch statistics of a few images only hurt.
     """
 
-    def __init__(self, split: Split, settings: Training, seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(self, split: Split, settings: Training, seed: int, epoch: Callable[[], int], view: View | None = None) -> None:
         self.images, self.labels = split
-        self.settings, self.seed, self.epoch = settings, seed, epoch
+        self.settings, self.seed, self.epoch, self.view = settings, seed, epoch, view
         self.batch_size = min(settings.batch_size, len(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
 
-    def __iter__(self) -> Iterator[Split]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch = self.epoch()
         order = torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(len(self.labels)))
         for step, chosen in enumerate(torch.split(order[: len(self) * self.batch_size], self.batch_size)):
             rng = np.random.default_rng((self.seed, epoch, step))
             torch.manual_seed(int(rng.integers(2**31)))
-            yield normalise(augmented(self.images, chosen, self.settings.crop_padding, self.settings.flip, rng)), self.labels[chosen]
+            images, labels = augmented(self.images, chosen, self.settings.crop_padding, self.settings.flip, rng), self.labels[chosen]
+            yield (normalise(self.view(images)), labels, normalise(images)) if self.view else (normalise(images), labels)
 
 
 class WholeSplit:

@@ -1,53 +1,39 @@
-"""Training on the labels and on all that a teacher knows (METHODS 3)."""
+"""Training on the labels and on what a teacher says (METHODS 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.losses import feature_loss, logits_loss
+from pipeline.losses import logits_loss
 from pipeline.params import Finetune, Pretrain
 from pipeline.training import Classifier
 
 
 class Distiller(Classifier):
-    """A `network` taught by an unsplit teacher: cross-entropy + `distill_logits` x `logits_loss`, and of a split `distill_feature` x `feature_loss` and
-    the codec's own loss too (METHODS 3).
+    """A `network` taught by a `teacher` of its own inputs and outputs: cross-entropy + `distill_logits` x `logits_loss` (METHODS 3).
 
-    `teacher` is (whole,), or (head, tail) of a teacher cut where `network`, then a `CoInference`, is. It stays in eval mode, is not trained and not saved.
+    The teacher stays in eval mode, is not trained and not saved.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        teacher: tuple[nn.Module] | tuple[nn.Module, nn.Module],
-        settings: Pretrain | Finetune,
-        label_smoothing: float,
-        frozen: Sequence[nn.Module] = (),
-    ) -> None:
+    def __init__(self, network: nn.Module, teacher: nn.Module, settings: Pretrain | Finetune, label_smoothing: float, frozen: Sequence[nn.Module] = ()) -> None:
         super().__init__(network, settings, label_smoothing, frozen)
         # A tuple, so that torch does not count the teacher among the weights that are trained, averaged and checkpointed.
-        self.teacher = tuple(part.eval().to(memory_format=torch.channels_last) for part in teacher)
+        self._teacher = (teacher.eval().to(memory_format=torch.channels_last),)
         self.distill_logits, self.temperature = settings.distill_logits, settings.temperature
-        self.distill_feature = settings.distill_feature if isinstance(settings, Finetune) else 0.0
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, original: Tensor | None = None) -> Tensor:
+        return self.taught(self.network(images), labels, images if original is None else original)
+
+    def taught(self, logits: Tensor, labels: Tensor, given: Tensor) -> Tensor:
+        """The loss of `logits` (B, classes) where the teacher is `given` its input."""
         with torch.no_grad():
-            known = [images]
-            for part in self.teacher:
-                known.append(part(known[-1]))
-        if len(self.teacher) == 1:
-            logits, further = self.network(images), torch.zeros(())
-        else:
-            network: Any = self.network
-            seen = network.run(images)
-            logits, further = seen.logits, seen.codec_loss + self.distill_feature * feature_loss(seen.decoded, known[1])
+            known = self._teacher[0](given)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return loss + self.distill_logits * logits_loss(logits, known[-1], self.temperature) + further
+        return loss + self.distill_logits * logits_loss(logits, known, self.temperature)
 
 
 class Ensemble(nn.Module):

@@ -114,6 +114,9 @@ class Search(Section):
     train_images: Count = Field(description="training images a trial draws from")
     batch_size: Count = Field(64, description="images a step")
     learning_rate: Positive = Field(0.01, description="of a trial's training")
+    cuts: Literal["blocks", "all"] = Field(
+        "blocks", description="where to cut: after each block, or wherever a single tensor crosses; `all` needs a profile measured so"
+    )
     keep: list[Fraction] = Field(min_length=1, description="kept fractions of a block's prunable channels")
     code_channels: list[Count] = Field(min_length=1, description="channels of the code")
     strides: list[Literal[1, 2, 4, 8]] = Field(min_length=1, description="spatial strides of the encoder")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data import Batches, Split, WholeSplit
+from pipeline.data import Batches, Split, View, WholeSplit
 from pipeline.errors import CoinferError, DataError, Interrupted, ParamsError
 from pipeline.files import atomic_path, atomic_write_bytes, atomic_write_text
 from pipeline.params import Precision, Training
@@ -48,10 +48,11 @@ class Classifier(LightningModule):
         self._losses: list[Tensor] = []
         self._correct = self._seen = 0
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, original: Tensor | None = None) -> Tensor:
+        """Of a batch; `original` is what `images` were before `DataModule.view`."""
         return F.cross_entropy(self.network(images), labels, label_smoothing=self.label_smoothing)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         loss = self.loss(*batch)
         self._losses.append(loss.detach())
         return loss
@@ -84,24 +85,25 @@ class Classifier(LightningModule):
 
 
 class DataModule(LightningDataModule):
-    """Training batches by `settings` and `seed`, and the validation split as it is.
+    """Training batches by `settings` and `seed`, and the validation split as it is; both seen through `view`, if there is one (`Batches`).
 
     Raises:
         DataError: there is no training image.
         ParamsError: the crop's border is as wide as the image.
     """
 
-    def __init__(self, train: Split, validation: Split, settings: Training, seed: int) -> None:
+    def __init__(self, train: Split, validation: Split, settings: Training, seed: int, view: View | None = None) -> None:
         super().__init__()
         size = train[0].shape[-1]
         if not len(train[1]):
             raise DataError(f"{split_file('train')} holds no image; check data.path and data.validation_fraction in params.yaml.")
         if settings.crop_padding >= size:
             raise ParamsError(f"crop_padding is {settings.crop_padding}, but the images have {size} pixels a side; choose less in params.yaml.")
-        self.train, self.validation, self.settings, self.seed = train, validation, settings, seed
+        self.train, self.settings, self.seed, self.view = train, settings, seed, view
+        self.validation = (view(validation[0]), validation[1]) if view else validation
 
     def train_dataloader(self) -> Batches:
-        return Batches(self.train, self.settings, self.seed, self._epoch)
+        return Batches(self.train, self.settings, self.seed, self._epoch, self.view)
 
     def val_dataloader(self) -> WholeSplit:
         return WholeSplit(self.validation)

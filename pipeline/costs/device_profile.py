@@ -239,7 +239,9 @@ class DeviceProfile:
         if [block.name for block in blocks] != [cut.name for cut in cuts[1:]]:
             theirs, ours = {block.name for block in blocks}, {cut.name for cut in cuts[1:]}
             odd = sorted(theirs ^ ours) or ["their order"]
-            raise ProfileError(f"profile {self.name} was measured on another {key}: the cuts differ in {', '.join(odd[:3])}; {MEASURE_ADVICE}.")
+            raise ProfileError(
+                f"profile {self.name} was measured on another {key} or with other search.cuts: they differ in {', '.join(odd[:3])}; {MEASURE_ADVICE}."
+            )
         for block, before, cut in zip(blocks, cuts[:-1], cuts[1:], strict=True):
             if abs(block.points[-1].macs - (cut.macs - before.macs)) > MACS_TOLERANCE * cuts[-1].macs:
                 raise ProfileError(

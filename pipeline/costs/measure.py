@@ -106,7 +106,7 @@ def measure_into(params: Params, path: Path) -> DeviceProfile:
     image_size = params.data.image_size
     model = build_backbone(params.backbone.name, classes, image_size).eval()
     example = torch.zeros(1, 3, image_size, image_size)
-    profile = measure_profile(path.stem, params.backbone.name, model, example, cut_points(model, example), plan)
+    profile = measure_profile(path.stem, params.backbone.name, model, example, cut_points(model, example, params.search.cuts), plan)
     merged = known.merged(profile) if known else profile
     merged.save(path)
     return merged

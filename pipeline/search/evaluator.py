@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +22,7 @@ from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.energy import RASPBERRY_PI_4, energy_mj
 from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_frame_bytes
 from pipeline.costs.link import Link, wire_bytes
-from pipeline.data import EVALUATION_BATCH, Split, normalise
+from pipeline.data import EVALUATION_BATCH, Sent, Split, normalise
 from pipeline.errors import ModelError
 from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.losses import feature_loss, logits_loss
@@ -32,8 +30,6 @@ from pipeline.networks import layers_up_to, pruner, split_network, tables_of
 from pipeline.params import Codec, Search
 from pipeline.runtime import coder
 from pipeline.runtime.frame import OVERHEAD_BYTES
-from pipeline.runtime.images import encode_image
-from pipeline.runtime.preprocess import Preprocessing
 from pipeline.search.candidate import Candidate
 from pipeline.search.candidate import Measurement as Measurement
 from pipeline.search.optuna import Space
@@ -163,9 +159,7 @@ class Evaluator:
 
     def _measure_edge_only(self, candidate: Candidate, quality: int) -> Measurement:
         images, labels = self.validation
-        files = [encode_image(image.numpy(), "webp", quality) for image in images]
-        preprocessing = Preprocessing(images.shape[-1])
-        received = torch.from_numpy(np.stack([preprocessing.pixels(Image.open(io.BytesIO(file))) for file in files]))
+        received, files = Sent("webp", quality).and_files(images)
         costs = self._half_costs(candidate, {}, quality=quality)
         return self._measurement(costs, accuracy(self.backbone, (received, labels)), [len(file) for file in files], 0, 4 * images[0].numel())
 

@@ -88,7 +88,9 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         files[DEVICE_ONLY] = export_onnx(whole, example, input_name="image", output_name="logits")
         parity["device_only"] = check_whole(whole, files[DEVICE_ONLY], DEVICE_ONLY, preprocessing, validation)
     if candidate.kind == "edge-only":
-        files[EDGE] = files[DEVICE_ONLY]
+        _load(backbone, paths.split_weights)
+        files[EDGE] = export_onnx(backbone, example, input_name="image", output_name="logits")
+        parity["edge_only"] = check_whole(backbone, files[EDGE], EDGE, preprocessing, validation)
 
     result = {"images": len(validation), **parity}
     bundle = write_bundle(

@@ -15,13 +15,13 @@ from models.channel_plan import ChannelPlan, rebuild
 from models.cutting import CutPoint, split
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.course import Course
-from pipeline.data import load_card, load_split
+from pipeline.data import Sent, load_card, load_split
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
 from pipeline.inference import accuracy, recalibrated
 from pipeline.networks import pruner, split_network
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DevicePaths
-from pipeline.search.candidate import Candidate
+from pipeline.search.candidate import LOSSLESS, Candidate
 from pipeline.soft_pruning import SoftPruning
 from pipeline.training import forget, weights_bytes, write_curves
 
@@ -33,10 +33,11 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     """Write artifacts/DEVICE/finetune/ (split and reference weights, split.json, metrics.json, curves.csv) and return the metrics.
 
     A chosen split is made in up to three trainings, each taught by the pretrained backbone (METHODS 2 and 3): `prune`, the unsplit network with ever
-    more channels of the device half silenced; `codec`, the codec alone; `split`, all. The reference is the better on validation of that backbone as
+    more channels of the device half silenced; `codec`, the codec alone; `split`, all. The network of a chosen lossy edge-only candidate is trained on
+    compressed images, taught by what that backbone makes of the images themselves. The reference is the better on validation of the backbone as
     pretrained and after as many further epochs as the split's backbone (those of `prune` and `split`), by the same recipe, that teacher included, so
     that what a split loses is not hidden by what training longer gains. Split weights are the state dict of the `CoInference`; of a candidate without
-    a codec, that of the (pruned) whole.
+    a codec, that of the whole.
 
     Raises:
         CoinferError: an input is missing or does not fit.
@@ -57,7 +58,8 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     better = accuracy_further > metrics["accuracy_validation_pretrained"]
     reference = further if better else pretrained
     metrics["accuracy_validation_reference"] = accuracy_further if better else metrics["accuracy_validation_pretrained"]
-    metrics["accuracy_validation_split"] = metrics["accuracy_validation_reference"] if student is None else accuracy(student, validation)
+    view = _view(candidate) or (lambda images: images)
+    metrics["accuracy_validation_split"] = accuracy(reference if student is None else student, (view(validation[0]), validation[1]))
 
     atomic_write_bytes(paths.split_weights, weights_bytes(reference if student is None else student))
     atomic_write_bytes(paths.reference_weights, weights_bytes(reference))
@@ -70,9 +72,18 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     return metrics
 
 
+def _view(candidate: Candidate) -> Sent | None:
+    """What a lossy format leaves of the images, if that is what the edge gets to see."""
+    return Sent("webp", candidate.quality) if candidate.quality is not None and candidate.quality < LOSSLESS else None
+
+
 def _student(course: Course, candidate: Candidate, paths: DevicePaths, example: Tensor) -> tuple[nn.Module | None, ChannelPlan]:
     """The trained network of `candidate` and its plan; None where that is the backbone as it is."""
-    if candidate.kind == "edge-only" or (candidate.kind == "device-only" and not candidate.keep):
+    if candidate.kind == "edge-only":
+        view = _view(candidate)
+        student = course.run("split", copy.deepcopy(course.teacher), epochs=course.params.finetune.epochs, view=view) if view else None
+        return student, ChannelPlan()
+    if candidate.kind == "device-only" and not candidate.keep:
         return None, ChannelPlan()
     settings, body, plan = course.params.finetune, copy.deepcopy(course.teacher), ChannelPlan()
     head, _ = split(body, example, candidate.cut)

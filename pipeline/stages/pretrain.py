@@ -77,4 +77,4 @@ def run(params: Params, tracker: Tracker) -> dict[str, float]:
 def _lesson(network: nn.Module, teachers: list[nn.Module], settings: Pretrain) -> Classifier:
     if not teachers:
         return Classifier(network, settings, settings.label_smoothing)
-    return Distiller(network, (Ensemble(teachers),), settings, settings.label_smoothing)
+    return Distiller(network, Ensemble(teachers), settings, settings.label_smoothing)

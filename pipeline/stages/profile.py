@@ -38,7 +38,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     key = backbone_key(params.backbone.name, image_size)
     model = build_backbone(params.backbone.name, classes, image_size).eval()
     example = torch.zeros(1, 3, image_size, image_size)
-    cuts = cut_points(model, example)
+    cuts = cut_points(model, example, params.search.cuts)
 
     measured: list[DeviceProfile] = []
 

@@ -104,11 +104,11 @@ def test_every_place_of_the_restored_feature_depends_on_the_code(stride: int, si
     assert (codec.decode(code + 1) - codec.decode(code)).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize(("stride", "kernel"), [(1, 1), (2, 3), (4, 3)])
-def test_the_encoder_is_one_small_convolution(stride: int, kernel: int) -> None:
+@pytest.mark.parametrize(("stride", "expected"), [(1, [(1, 1)]), (2, [(3, 2)]), (3, [(3, 3)]), (4, [(3, 2), (3, 2)]), (8, [(3, 2), (3, 4)])])
+def test_the_encoder_is_at_most_two_small_convolutions(stride: int, expected: list[tuple[int, int]]) -> None:
     encoder = symbol_codec("uniform", (8, 16, 16), 4, stride, 4).encode
     convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
-    assert [(conv.kernel_size, conv.stride) for conv in convolutions] == [((kernel, kernel), (stride, stride))]
+    assert [(conv.kernel_size, conv.stride) for conv in convolutions] == [((kernel, kernel), (step, step)) for kernel, step in expected]
 
 
 @pytest.mark.parametrize("kind", SYMBOLS)

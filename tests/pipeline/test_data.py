@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -8,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-from pipeline.data import Batches, WholeSplit, augmented, load_card, load_split, normalise
+from pipeline.data import Batches, Sent, WholeSplit, augmented, load_card, load_split, normalise
 from pipeline.errors import CoinferError, DataError
 from pipeline.params import Finetune
 from pipeline.paths import DATA, split_file
+from pipeline.runtime.images import Format
 from pipeline.runtime.preprocess import MEAN, STD, Preprocessing
 
 
@@ -84,6 +87,16 @@ def test_fewer_images_than_a_batch_still_make_one() -> None:
 def test_normalise_is_what_the_device_does() -> None:
     original, _ = images(2)
     assert np.array_equal(normalise(original).numpy(), Preprocessing(8, MEAN, STD).tensor(original.numpy()))
+
+
+@pytest.mark.parametrize(("image_format", "quality"), [("webp", 20), ("jpeg", 20), ("jpeg-bare", 20), ("webp", 100), ("png", 100)])
+def test_what_arrives_of_an_image_is_what_its_file_holds(image_format: Format, quality: int) -> None:
+    originals = images(3, 32)[0]
+    arrived, files = Sent(image_format, quality).and_files(originals)
+    for picture, file, original in zip(arrived, files, originals, strict=True):
+        if image_format != "jpeg-bare":
+            assert np.array_equal(picture.permute(1, 2, 0), np.asarray(Image.open(io.BytesIO(file)).convert("RGB")))
+        assert torch.equal(picture, original) == (quality == 100)
 
 
 def test_a_whole_split_comes_in_order() -> None:

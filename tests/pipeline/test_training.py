@@ -15,6 +15,7 @@ from pipeline.errors import CoinferError, Interrupted, ParamsError
 from pipeline.inference import accuracy, predict_logits
 from pipeline.losses import feature_loss
 from pipeline.params import Finetune, Precision
+from pipeline.split_distilling import SplitDistiller
 from pipeline.training import Classifier, DataModule, computes_bf16, fit, weights_bytes
 
 Row = dict[str, float]
@@ -188,7 +189,7 @@ def test_distilling_moves_a_student_to_its_teacher_and_leaves_the_teacher_alone(
     before = weights_bytes(teacher)
     images, _ = coloured(30)
     far = (predict_logits(student, images) - predict_logits(teacher, images)).abs().mean()
-    distiller = Distiller(student, (teacher,), settings(epochs=8, distill_logits=20.0), 0.0)
+    distiller = Distiller(student, teacher, settings(epochs=8, distill_logits=20.0), 0.0)
     assert not any("teacher" in name for name in distiller.state_dict())
     train(distiller, epochs=8)
     assert weights_bytes(teacher) == before
@@ -235,7 +236,7 @@ def test_a_split_learns_the_teachers_feature_and_to_spend_fewer_bits(tiny_backbo
                 return float(feature_loss(network.eval().run(normalise(images)).decoded, wanted))
 
         before = unlike()
-        lesson = Distiller(network.train(), split(tiny_backbone, example, "block1"), settings(distill_feature=1.0), 0.0)
+        lesson = SplitDistiller(network.train(), split(tiny_backbone, example, "block1"), settings(distill_feature=1.0), 0.0)
         fit(lesson, data, name="split", epochs=4, checkpoint_dir=None, threads=1, precision="fp32", log=lambda row: None)
         assert unlike() < 0.7 * before
         codec = network.codec
@@ -243,6 +244,23 @@ def test_a_split_learns_the_teachers_feature_and_to_spend_fewer_bits(tiny_backbo
         with torch.no_grad():
             spent.append(float(codec.bits_of(network.device_half()(normalise(images))).sum()) / len(images))
     assert spent[1] < 0.8 * spent[0]
+
+
+def test_a_student_that_sees_less_is_taught_by_what_the_teacher_sees() -> None:
+    def dark(images: torch.Tensor) -> torch.Tensor:
+        return images // 8
+
+    module = classifier()
+    train(module, epochs=8)
+    teacher, (images, labels) = module.network, coloured(96)
+    torch.manual_seed(1)
+    student = Net()
+    data = DataModule((images, labels), (images, labels), settings(), 3, dark)
+    lesson = Distiller(student, teacher, settings(distill_logits=20.0), 0.0)
+    history = fit(lesson, data, name="student", epochs=8, checkpoint_dir=None, threads=1, precision="fp32", log=lambda row: None)
+    assert history[-1]["accuracy_validation"] == accuracy(student, (dark(images), labels)) > accuracy(teacher, (dark(images), labels))
+    wanted = predict_logits(teacher, images)
+    assert (predict_logits(student, dark(images)) - wanted).abs().mean() < (predict_logits(teacher, dark(images)) - wanted).abs().mean()
 
 
 def test_an_ensemble_answers_with_the_mean_of_its_networks() -> None:

@@ -90,9 +90,9 @@ def test_the_cuts_of_the_measured_backbone_fit_also_with_other_classes() -> None
 @pytest.mark.parametrize(
     ("cuts", "message"),
     [
-        ([*CUTS[:2], Cut("other", 3000), CUTS[3]], "the cuts differ in body, other; set"),
-        (CUTS[:-1], "the cuts differ in output"),
-        ([CUTS[0], Cut("body", 1000), Cut("stem", 3000), CUTS[3]], "the cuts differ in their order"),
+        ([*CUTS[:2], Cut("other", 3000), CUTS[3]], "other search.cuts: they differ in body, other; set"),
+        (CUTS[:-1], "they differ in output"),
+        ([CUTS[0], Cut("body", 1000), Cut("stem", 3000), CUTS[3]], "they differ in their order"),
         ([CUTS[0], Cut("stem", 2000), Cut("body", 4000), Cut("output", 4160)], "block stem had 1000 MACs there and has 2000 here"),
     ],
 )

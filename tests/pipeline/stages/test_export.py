@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
 from pipeline import parity
+from pipeline.data import Sent
 from pipeline.errors import CoinferError, FrameError, Interrupted, ModelError, ParityError
+from pipeline.inference import predict_logits
 from pipeline.params import Params
 from pipeline.parity import check_split, check_whole
 from pipeline.runtime.bundle import Bundle
@@ -22,6 +24,7 @@ from pipeline.runtime.preprocess import Preprocessing
 from pipeline.runtime.transport import LoopbackTransport
 from pipeline.search.candidate import Candidate
 from pipeline.stages import export
+from pipeline.training import weights_bytes
 from tests.conftest import RecordingTracker
 from tests.pipeline.stages.finetuned import CLASSES, COUNTS, DEVICE_ONLY, EDGE_ONLY, SPLIT, write_finetuned
 from tests.tiny import tiny_backbone as build_tiny
@@ -168,12 +171,18 @@ def test_pruned_device_only_bundle_holds_the_pruned_network(workdir: Path, digit
     assert DeviceHalf(bundle).classify_locally(np.zeros((3, 16, 16), np.uint8)).logits.shape == (3,)
 
 
-def test_edge_only_bundle_runs_the_reference_on_the_edge(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+def test_edge_only_bundle_runs_on_the_edge_what_was_trained_for_it(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
     paths = write_finetuned(digits_params, EDGE_ONLY)
+    trained = build_tiny(num_classes=3, image_size=16).eval()
+    paths.split_weights.write_bytes(weights_bytes(trained))
     export.run(digits_params, "camera", tracker)
     bundle = Bundle.load(paths.bundle)
     assert (bundle.kind, bundle.quality) == ("edge-only", 75)
-    assert (paths.bundle / "edge.onnx").read_bytes() == (paths.bundle / "device-only.onnx").read_bytes()
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 16, 16), np.uint8)
+    logits = DeviceHalf(bundle).classify(pixels, LoopbackTransport(EdgeHalf(bundle))).logits
+    wanted = predict_logits(trained, Sent("webp", 75)(torch.from_numpy(pixels[None])))
+    np.testing.assert_allclose(logits, wanted[0].numpy(), atol=1e-4)
+    assert (paths.bundle / "device-only.onnx").read_bytes() == paths.reference_onnx.read_bytes()
 
 
 def test_missing_weights_say_what_to_run(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:

@@ -12,7 +12,7 @@ from models.channel_plan import ChannelPlan, rebuild
 from models.coinference import CoInference
 from models.cutting import cut_points, split
 from pipeline.costs.device_profile import CoderTimes, DeviceProfile
-from pipeline.data import load_split
+from pipeline.data import Sent, load_split
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_write_json
 from pipeline.inference import accuracy
@@ -93,6 +93,17 @@ def test_a_split_can_be_made_in_three_trainings_that_each_start_where_the_last_e
     assert not list(CHECKPOINTS.rglob("*.*"))
 
 
+def test_an_edge_that_gets_lossy_images_learns_to_see_them(pretrained: Params, tracker: Any) -> None:
+    choose(Candidate("input", quality=5))
+    metrics = finetune.run(pretrained, "camera", tracker)
+    images, labels = load_split("validation")
+    arrived = Sent("webp", 5)(images), labels
+    before, after = tiny_backbone(10, 16).eval(), tiny_backbone(10, 16).eval()
+    before.load_state_dict(load_file(BACKBONE_WEIGHTS))
+    after.load_state_dict(load_file(PATHS.split_weights))
+    assert metrics["accuracy_validation_split"] == accuracy(after, arrived) > accuracy(before, arrived)
+
+
 def test_an_interrupt_in_the_second_training_keeps_the_first(pretrained: Params, tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(SPLIT)
     finetune.run(pretrained, "camera", tracker)
@@ -121,7 +132,7 @@ def test_an_interrupt_in_the_second_training_keeps_the_first(pretrained: Params,
     assert {path.name: path.read_bytes() for path in PATHS.split_weights.parent.iterdir()} == written
 
 
-@pytest.mark.parametrize("candidate", [Candidate("input", quality=50), Candidate("output"), Candidate("output", keep=(("block1", 1.0),))])
+@pytest.mark.parametrize("candidate", [Candidate("input", quality=100), Candidate("output"), Candidate("output", keep=(("block1", 1.0),))])
 def test_without_codec_and_pruning_the_reference_is_the_network(pretrained: Params, tracker: Any, candidate: Candidate) -> None:
     choose(candidate)
     metrics = finetune.run(pretrained, "camera", tracker)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from models.cutting import cut_points
 from pipeline.costs import measure
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.measure import measure_into
@@ -18,6 +20,7 @@ from pipeline.errors import CoinferError, Interrupted, ProfileError
 from pipeline.params import Params, parse_params
 from pipeline.paths import DATA_CARD, DevicePaths
 from pipeline.stages import profile
+from tests.tiny import tiny_backbone
 
 PATHS = DevicePaths("camera")
 KEY = "tests.tiny:tiny_backbone@3x16x16"
@@ -75,6 +78,21 @@ def test_this_machine_is_measured_for_a_backbone_nobody_profiled(prepared: Path,
     text = PATHS.device_profile.read_text()
     assert str(Path.cwd()) not in text
     assert platform.node() not in text
+
+
+def test_cuts_through_blocks_are_measured_when_asked_for(prepared: Path, digits_fields: dict[str, Any], tracker: Any) -> None:
+    measure_into(parse_params(digits_fields), Path("profiles/bench.json"))
+    digits_fields["search"]["cuts"] = "all"
+    profile.run(with_device(digits_fields), "camera", tracker)
+    names = [row["name"] for row in json.loads(PATHS.cuts.read_text())]
+    assert names == [cut.name for cut in cut_points(tiny_backbone(num_classes=10, image_size=16), torch.zeros(1, 3, 16, 16), "all")]
+    (measured,) = DeviceProfile.load(PATHS.device_profile).backbones.values()
+    assert [block.name for block in measured.blocks] == names[1:]
+    assert measured.sum_over_full > 0
+    by_blocks = {block.name for block in DeviceProfile.load(Path("profiles/bench.json")).backbones[KEY].blocks}
+    assert by_blocks < set(names)
+    with pytest.raises(ProfileError, match=r"measured on another .* or with other search\.cuts"):
+        profile.run(with_device(digits_fields, profile="bench", edge_profile="bench"), "camera", tracker)
 
 
 def test_ctrl_c_while_measuring_keeps_the_profile_as_it_was(prepared: Path, digits_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
