@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,20 @@ class Point:
 
     def key(self) -> str:
         """Names everything its weights depend on."""
-        fields = asdict(self) | {"before": self.before.key() if self.before else None, "weights": _digest(Path(self.weights))}
-        return _named(fields, _recipe())
+        fields = asdict(self) | {"before": self.before.key() if self.before else None, "weights": digest(Path(self.weights))}
+        return named(fields, recipe())
+
+    def facts(self) -> dict[str, Any]:
+        """What does not depend on the images: MACs of head and encoder for one."""
+        network = trained(self)
+        head = count_macs(network.head, torch.zeros(1, 3, 32, 32))
+        encoder = count_macs(network.codec.encode, torch.zeros(1, *network.codec.feature_shape))
+        return {"head_macs": sum(head.values()), "encoder_macs": sum(encoder.values())}
+
+    def judged(self, split: Split) -> dict[str, Any]:
+        """Accuracy and sizes on one split."""
+        network = trained(self)
+        return {"accuracy": accuracy(network, split), **cost(network, split[0])}
 
 
 def backbone_of(point: Point) -> nn.Module:
@@ -78,6 +90,7 @@ def backbone_of(point: Point) -> nn.Module:
     return build_backbone(point.backbone, card.num_classes, card.image_size, Path(point.weights)).eval()
 
 
+@lru_cache(maxsize=2)
 def trained(point: Point) -> CoInference:
     """The network of `point`, trained now unless it was before; so are the points before it."""
     backbone, example = backbone_of(point), torch.zeros(1, 3, 32, 32)
@@ -108,14 +121,14 @@ def reference(backbone: str, weights: str, epochs: int) -> dict[str, Any]:
 
 def reference_key(backbone: str, weights: str, epochs: int) -> str:
     """Names everything a reference depends on."""
-    return _named(backbone, _digest(Path(weights)), epochs, _recipe())
+    return named(backbone, digest(Path(weights)), epochs, recipe())
 
 
-def _recipe() -> list[Any]:
-    return [RECIPE, load_card().sha256, SETTINGS.model_dump(), CODEC_ALONE, {name: _digest(Path(file)) for name, file in TEACHERS.items()}]
+def recipe() -> list[Any]:
+    return [RECIPE, load_card().sha256, SETTINGS.model_dump(), CODEC_ALONE, {name: digest(Path(file)) for name, file in TEACHERS.items()}]
 
 
-def _named(*known: Any) -> str:
+def named(*known: Any) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -147,7 +160,7 @@ def teacher() -> Remembered:
     """Of every training: the mean of the trained backbones."""
     card = load_card()
     networks = [build_backbone(name, card.num_classes, card.image_size, Path(file)) for name, file in TEACHERS.items()]
-    return Remembered(Ensemble(networks).to(memory_format=torch.channels_last), STATE / f"teacher-{_named(_recipe()[-1])}")
+    return Remembered(Ensemble(networks).to(memory_format=torch.channels_last), STATE / f"teacher-{named(recipe()[-1])}")
 
 
 def train(lesson: Distiller, name: str, folder: str, epochs: int, seed: int = 0, view: View | None = None) -> None:
@@ -195,7 +208,7 @@ def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
         return {"channel_uses": codec.channel_uses}
     if not isinstance(codec, SymbolCodec):
         bits = 32 * int(np.prod(codec.feature_shape))
-        return {"payload_bits": _size([bits]), "uncoded_bits": bits}
+        return {"payload_bits": size([bits]), "uncoded_bits": bits}
     half, bits = network.device_half(), codec.spec.bits
     train = load_split("train")[0]
     tables = coder.build_tables(_symbols(half, train[:TABLE_IMAGES]), bits, context_count(bits) if isinstance(codec, RateCodec) else 1)
@@ -208,8 +221,8 @@ def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
         times.append((time.perf_counter() - start) * 1e3)
         payloads.append(len(payload))
     return {
-        "payload_bits": _size([8 * size for size in payloads]),
-        "frame_bytes": _size([size + OVERHEAD_BYTES for size in payloads]),
+        "payload_bits": size([8 * size for size in payloads]),
+        "frame_bytes": size([size + OVERHEAD_BYTES for size in payloads]),
         "cross_entropy_bits": float(np.mean([coder.entropy_bits(code, tables) for code in symbols])),
         "uncoded_bits": bits * symbols[0].size,
         "symbols": symbols[0].size,
@@ -217,35 +230,9 @@ def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
     }
 
 
-def device_macs(network: CoInference) -> dict[str, int]:
-    """MACs of head and encoder for one image."""
-    feature = torch.zeros(1, *network.codec.feature_shape)
-    head, encoder = count_macs(network.head, torch.zeros(1, 3, 32, 32)), count_macs(network.codec.encode, feature)
-    return {"head_macs": sum(head.values()), "encoder_macs": sum(encoder.values())}
-
-
-def judged(network: CoInference, split_: Split) -> dict[str, Any]:
-    """Accuracy and sizes on one split."""
-    return {"accuracy": accuracy(network, split_), **cost(network, split_[0])}
-
-
-def measured(point: Point) -> dict[str, Any]:
-    """The row of `point`: what it is, and what it costs and classifies on validation."""
-    start = time.perf_counter()
-    network = trained(point)
-    seconds = time.perf_counter() - start
-    row = {
-        "key": point.key(),
-        "costs": costs_key(),
-        "point": asdict(point) | {"before": point.before.key() if point.before else None},
-        "seconds": round(seconds, 1),
-    }
-    return row | device_macs(network) | {"validation": judged(network, load_split("validation"))}
-
-
 def costs_key() -> str:
     """Names the code that sizes are measured by: rows of another one are measured again, not trained again."""
-    return _named(fingerprint(COSTS, "")["files"])
+    return named(fingerprint(COSTS, "")["files"])
 
 
 def _symbols(half: nn.Module, images: Tensor) -> NDArray[np.uint8]:
@@ -253,9 +240,10 @@ def _symbols(half: nn.Module, images: Tensor) -> NDArray[np.uint8]:
     return found
 
 
-def _size(values: list[int]) -> dict[str, float]:
+def size(values: list[int]) -> dict[str, float]:
+    """Mean and 95th percentile."""
     return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 95))}
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

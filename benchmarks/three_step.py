@@ -7,20 +7,24 @@ the same parameters and code, are not trained again, and the file is written aft
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.image_points import FORMATS, QUALITIES, ImagePoint
 from benchmarks.results_file import RESULTS, ROOT, figure, write
-from benchmarks.split_points import Point, costs_key, judged, measured, reference, reference_key, trained
+from benchmarks.split_points import Point, costs_key, reference, reference_key
 from models.codec import CodecSpec
 from pipeline.data import load_card, load_split
+from pipeline.runtime.images import Format
 
 NAME = "three_step"
 WEIGHTS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
@@ -43,19 +47,31 @@ TOLERANCE = 1e-9  # accuracies are floats
 Raw = dict[str, Any]
 
 
-def chains() -> Iterator[list[Point]]:
+def chains() -> Iterator[Sequence[Any]]:
     """Chains of points, each point starting from the one before it; what matters most comes first."""
     small, large = CUTS["resnet20"], CUTS["resnet56"]
+    plain: list[tuple[Format, int]] = [("png", 100), ("webp", 100), *itertools.product(FORMATS, QUALITIES)]
+    yield [ImagePoint("resnet20", WEIGHTS["resnet20"], *sent) for sent in plain]
     for where in ("middle", "last", "first"):
         yield _chain("resnet20", small[where], [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
+    yield _images("webp", (50, 30, 20))
     for where in ("middle", "last", "first"):
         yield _chain("resnet20", small[where], [CodecSpec("bottlenet++", width, SIZES[where][0][1], 8) for width in (8, 4, 2)])
     for where in ("middle", "last", "first"):
         yield _chain("resnet20", small[where], [CodecSpec("uniform", *size) for size in SIZES[where][1]])
+    yield _images("jpeg", (30, 20))
     for where in ("middle", "last", "first"):
         yield _chain("resnet20", small[where], [CodecSpec("codebook", *SIZES[where][1][1])])
     for where in ("middle", "last", "first"):
         yield _chain("resnet56", large[where], [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
+
+
+def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
+    points: list[ImagePoint] = []
+    for quality in qualities:
+        before = points[-1] if points else None
+        points.append(ImagePoint("resnet20", WEIGHTS["resnet20"], image_format, quality, FURTHER if before else FIRST, before))
+    return points
 
 
 def _chain(backbone: str, cut: str, codecs: list[CodecSpec]) -> list[Point]:
@@ -71,6 +87,8 @@ def figures_of(raw: Raw) -> dict[str, Any]:
     """The issue's figures that can be had from what was run so far."""
     found: dict[str, Any] = {}
     rows = list(raw["points"].values())
+    images = [row for row in rows if row["point"].get("image_format") == "webp"]
+    splits = [row for row in rows if "codec" in row["point"]]
     for backbone, cuts in CUTS.items():
         best = raw["references"].get(backbone)
         found[f"reference_accuracy.{backbone}"] = (
@@ -79,18 +97,21 @@ def figures_of(raw: Raw) -> dict[str, Any]:
             else figure(None, "share", "not run yet")
         )
         for where, cut in cuts.items():
-            here = [row for row in rows if row["point"]["backbone"] == backbone and row["point"]["cut"] == cut]
-            ours = [row for row in here if row["point"]["codec"]["kind"] in ("uniform", "codebook", "rate")]
-            point = _cheapest(ours, best)
+            here = [row for row in splits if row["point"]["backbone"] == backbone and row["point"]["cut"] == cut]
+            point = _cheapest([row for row in here if row["point"]["codec"]["kind"] in ("uniform", "codebook", "rate")], best)
             found[f"bits_at_1pt.{backbone}.{where}"] = _bits(point, best, "payload_bits", "mean payload bits of the cheapest codec at most 1 point below")
             found[f"frame_bytes_at_1pt.{backbone}.{where}"] = _bits(point, best, "frame_bytes", "mean frame bytes of the same point")
             if backbone == "resnet20":
                 others = [row for row in here if row["point"]["codec"]["kind"] == "bottlenet++"]
-                found |= _against_bottlenet(point, others, best, where)
+                found[f"bits_over_bottlenetpp.{where}"] = _ratio(point, _cheapest(others, best, "uncoded_bits"), best, "uncoded_bits")
+                found[f"bits_over_bottlenetpp_coded.{where}"] = _ratio(point, _cheapest(others, best), best, "payload_bits")
+                found[f"bits_over_webp.{where}"] = _ratio(point, _cheapest(images, best), best, "payload_bits")
+    best = raw["references"].get("resnet20")
+    found["webp_bits_at_1pt"] = _bits(_cheapest(images, best), best, "payload_bits", "mean bits without container of the cheapest WebP at most 1 point below")
     return found
 
 
-def _near(row: Raw, best: Raw, data: str = "validation", loss: float = LOSS) -> bool:
+def _near(row: Any, best: Any, data: str = "validation", loss: float = LOSS) -> bool:
     return bool(best[data] - row[data]["accuracy"] <= loss + TOLERANCE)
 
 
@@ -117,22 +138,20 @@ def _bits(point: Raw | None, best: Raw | None, size: str, how: str) -> dict[str,
     return figure(_mean(point["test"][size]), unit, label)
 
 
-def _against_bottlenet(point: Raw | None, others: list[Raw], best: Raw | None, where: str) -> dict[str, Any]:
-    found = {}
-    for name, size in (("bits_over_bottlenetpp", "uncoded_bits"), ("bits_over_bottlenetpp_coded", "payload_bits")):
-        other = _cheapest(others, best, size)
-        if best is None or any(row is None or "test" not in row or not _near(row, best, "test", TEST_LOSS) for row in (point, other)):
-            found[f"{name}.{where}"] = figure(None, "ratio", "no point of ours or of theirs is near the reference on validation and test, or none judged yet")
-        else:
-            assert point is not None
-            assert other is not None
-            ratio = _mean(point["test"]["payload_bits"]) / _mean(other["test"][size])
-            found[f"{name}.{where}"] = figure(ratio, "ratio", f"{_label(point)} over {_label(other)}, {size.replace('_', ' ')}")
-    return found
+def _ratio(ours: Raw | None, theirs: Raw | None, best: Raw | None, size: str) -> dict[str, Any]:
+    """Our payload bits over `size` of theirs, both on test."""
+    if best is None or any(row is None or "test" not in row or not _near(row, best, "test", TEST_LOSS) for row in (ours, theirs)):
+        return figure(None, "ratio", "no point of ours or of theirs is near the reference on validation and test, or none judged yet")
+    assert ours is not None
+    assert theirs is not None
+    return figure(_mean(ours["test"]["payload_bits"]) / _mean(theirs["test"][size]), "ratio", f"{_label(ours)} over {_label(theirs)}, {size.replace('_', ' ')}")
 
 
 def _label(row: Raw) -> str:
-    codec = row["point"]["codec"]
+    point = row["point"]
+    if "image_format" in point:
+        return f"{point['image_format']} q{point['quality']}{', trained on it' if point['epochs'] else ''}"
+    codec = point["codec"]
     rate = f" {codec['rate_weight']:g}" if codec["kind"] == "rate" else ""
     return f"{codec['kind']}{rate} {codec['code_channels']}ch /{codec['stride']} {codec['bits']}bit"
 
@@ -158,19 +177,19 @@ def main() -> None:
             continue
         if not in_time():
             break
-        raw["points"][point.name] = measured(point)
+        began = time.perf_counter()
+        fields = asdict(point) | {"before": point.before.key() if point.before else None}
+        row = {"key": point.key(), "costs": costs_key(), "point": fields, **point.facts(), "validation": point.judged(load_split("validation"))}
+        raw["points"][point.name] = row | {"seconds": round(time.perf_counter() - began, 1)}
         save()
     for backbone, weights in WEIGHTS.items():
         if arguments.only in backbone and in_time() and raw["references"].get(backbone, {}).get("key") != reference_key(backbone, weights, EPOCHS):
             raw["references"][backbone] = reference(backbone, weights, EPOCHS)
             save()
-    test = load_split("test")
-    for chain in chains():
-        for point in chain:
-            row = raw["points"].get(point.name)
-            best = raw["references"].get(point.backbone)
-            if row and best and "test" not in row and _near(row, best):
-                row["test"] = judged(trained(point), test)
+    for point in (point for chain in chains() for point in chain):
+        row, best = raw["points"].get(point.name), raw["references"].get(point.backbone)
+        if row and best and "test" not in row and _near(row, best):
+            row["test"] = point.judged(load_split("test"))
     save()
 
 
