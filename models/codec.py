@@ -233,7 +233,7 @@ class UniformCodec(SymbolCodec):
 
 
 class RateCodec(UniformCodec):
-    """`uniform` whose loss also counts the coded bits of an image, times rate_weight.
+    """`uniform` whose loss also counts the coded bits of an image above `budget_bits`, times rate_weight.
 
     A symbol costs -log2 of its running frequency in its code channel and context, which is what the coder's tables will hold. Between two levels the cost
     is interpolated, which gives u a gradient towards the cheaper one; the batch norm before the clamp can so narrow a channel to few levels or still it.
@@ -244,6 +244,7 @@ class RateCodec(UniformCodec):
 
     def __init__(self, spec: CodecSpec, shape: Sequence[int], restored_channels: int | None = None) -> None:
         super().__init__(spec, shape, restored_channels)
+        self.budget_bits = 0.0
         # Counted, not learned by gradient: running counts are the best static distribution at once, at every rate_weight and learning rate.
         self.register_buffer("counts", torch.full((spec.code_channels, context_count(spec.bits), 2**spec.bits), FIRST_COUNT))
 
@@ -260,7 +261,7 @@ class RateCodec(UniformCodec):
         below = position.detach().nan_to_num().floor().clamp(0, 2**self.spec.bits - 2).long()
         slope = costs[rows, below + 1] - costs[rows, below]
         bits = costs[rows, symbols.long()] + slope * (position - position.detach())
-        return self.spec.rate_weight * bits.sum() / len(u)
+        return self.spec.rate_weight * torch.relu(bits.sum() / len(u) - self.budget_bits)
 
     def _rows(self, symbols: Tensor) -> Tensor:
         return context_rows(symbols, 2**self.spec.bits, self.counts.shape[1])

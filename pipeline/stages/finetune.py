@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.backbones import build_backbone
 from models.channel_plan import ChannelPlan, rebuild
+from models.codec import RateCodec
 from models.cutting import CutPoint, split
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.course import Course
@@ -37,7 +38,8 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     compressed images, taught by what that backbone makes of the images themselves. The reference is the better on validation of the backbone as
     pretrained and after as many further epochs as the split's backbone (those of `prune` and `split`), by the same recipe, that teacher included, so
     that what a split loses is not hidden by what training longer gains. Split weights are the state dict of the `CoInference`; of a candidate without
-    a codec, that of the whole.
+    a codec, that of the whole. Codec `rate` is trained to cost what it did in the search, where it was trained for less: with the same weight on bits it
+    would go on to spend fewer of them than the accuracy can bear.
 
     Raises:
         CoinferError: an input is missing or does not fit.
@@ -45,11 +47,13 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     """
     torch.set_num_threads(params.run.threads)
     paths = DevicePaths(device)
-    candidate = Candidate.from_dict(read_json(paths.chosen, "the chosen candidate")["chosen"]["candidate"])
+    chosen = read_json(paths.chosen, "the chosen candidate")["chosen"]
+    candidate = Candidate.from_dict(chosen["candidate"])
+    promised_bits = float(chosen["measurement"]["payload_bits"])
     card, validation = load_card(), load_split("validation")
     pretrained = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS).eval()
-    course = Course(params, device, tracker, pretrained, [card.sha256, candidate.to_dict()])
-    student, plan = _student(course, candidate, paths, torch.zeros(1, 3, card.image_size, card.image_size))
+    course = Course(params, device, tracker, pretrained, [card.sha256, candidate.to_dict(), promised_bits])
+    student, plan = _student(course, candidate, promised_bits, paths, torch.zeros(1, 3, card.image_size, card.image_size))
     extra = params.finetune.prune_epochs if plan.kept else 0
     further = course.run("reference", copy.deepcopy(pretrained), epochs=params.finetune.epochs + extra)
 
@@ -77,7 +81,7 @@ def _view(candidate: Candidate) -> Sent | None:
     return Sent("webp", candidate.quality) if candidate.quality is not None and candidate.quality < LOSSLESS else None
 
 
-def _student(course: Course, candidate: Candidate, paths: DevicePaths, example: Tensor) -> tuple[nn.Module | None, ChannelPlan]:
+def _student(course: Course, candidate: Candidate, promised_bits: float, paths: DevicePaths, example: Tensor) -> tuple[nn.Module | None, ChannelPlan]:
     """The trained network of `candidate` and its plan; None where that is the backbone as it is."""
     if candidate.kind == "edge-only":
         view = _view(candidate)
@@ -100,6 +104,8 @@ def _student(course: Course, candidate: Candidate, paths: DevicePaths, example: 
         return course.run("split", recalibrated(rebuild(head, plan), course.sample), epochs=settings.epochs, further=plan.to_dict()), plan
     torch.manual_seed(course.params.run.seed)
     network = split_network(body, example, candidate, plan, course.params.codec.commitment)
+    if isinstance(network.codec, RateCodec):
+        network.codec.budget_bits = promised_bits
     if plan.kept:
         recalibrated(network.head, course.sample)
     cut = split(copy.deepcopy(course.teacher), example, candidate.cut)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from models.channel_plan import ChannelPlan, rebuild
+from models.codec import RateCodec
 from models.coinference import CoInference
 from models.cutting import cut_points, split
 from pipeline.costs.device_profile import CoderTimes, DeviceProfile
-from pipeline.data import Sent, load_split
+from pipeline.data import Sent, load_split, normalise
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_write_json
 from pipeline.inference import accuracy
@@ -44,8 +45,8 @@ def pretrained(workdir: Path, digits_params: Params, tracker: Any) -> Params:
     return digits_params
 
 
-def choose(candidate: Candidate) -> None:
-    atomic_write_json(PATHS.chosen, {"chosen": {"candidate": candidate.to_dict()}})
+def choose(candidate: Candidate, payload_bits: float = 0.0) -> None:
+    atomic_write_json(PATHS.chosen, {"chosen": {"candidate": candidate.to_dict(), "measurement": {"payload_bits": payload_bits}}})
 
 
 def logged(tracker: Any, name: str) -> list[int | None]:
@@ -91,6 +92,23 @@ def test_a_split_can_be_made_in_three_trainings_that_each_start_where_the_last_e
     assert float(rows[5][2]) < float(rows[3][2]), "what the codec learned is not lost"
     assert metrics["accuracy_validation_split"] > 0.5
     assert not list(CHECKPOINTS.rglob("*.*"))
+
+
+def test_codec_rate_costs_what_the_search_promised(pretrained: Params, tracker: Any) -> None:
+    candidate = Candidate("down.2", code_channels=4, stride=1, bits=4, codec="rate", rate_weight=0.01)
+    params = pretrained.model_copy(update={"finetune": pretrained.finetune.model_copy(update={"epochs": 6})})
+    bits = []
+    for promised in (0.0, 300.0):
+        choose(candidate, promised)
+        finetune.run(params, "camera", tracker)
+        network = split_network(tiny_backbone(10, 16).eval(), torch.zeros(1, 3, 16, 16), candidate)
+        network.load_state_dict(load_file(PATHS.split_weights))
+        codec = network.codec
+        assert isinstance(codec, RateCodec)
+        with torch.no_grad():
+            bits.append(float(codec.bits_of(network.eval().device_half()(normalise(load_split("validation")[0]))).sum()) / len(load_split("validation")[1]))
+    assert bits[0] < 100
+    assert bits[1] == pytest.approx(300, rel=0.25)
 
 
 def test_an_edge_that_gets_lossy_images_learns_to_see_them(pretrained: Params, tracker: Any) -> None:
