@@ -20,6 +20,7 @@ from pipeline.search.figure import pareto_figure
 from pipeline.search.pareto import Limits, Trial
 
 BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20"}
+WORDS = ("cut", "codec", "precision")  # columns of trials.csv that are no JSON
 WAYS = ("split", "device_only", "edge_only")
 
 
@@ -58,11 +59,11 @@ def table(results: dict[str, Any]) -> str:
 
 def _trial(row: dict[str, str]) -> Trial:
     """A row of trials.csv."""
-    candidate = {field.name: int(row[field.name]) if row[field.name] else None for field in fields(Candidate) if field.name not in ("cut", "keep")}
+    candidate = {field.name: row[field.name] or None if field.name in WORDS else json.loads(row[field.name] or "null") for field in fields(Candidate)}
     measured = {field.name: float(row[field.name]) for field in fields(Measurement)} if row["accuracy"] else None
     return Trial(
         int(row["number"]),
-        Candidate.from_dict({**candidate, "cut": row["cut"], "keep": json.loads(row["keep"])}),
+        Candidate.from_dict(candidate),
         Measurement(**measured) if measured else None,  # type: ignore[arg-type]
         int(row["duplicate_of"]) if row["duplicate_of"] else None,
     )

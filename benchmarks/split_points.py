@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from benchmarks.noise import over_noise
 from models.backbones import build_backbone
 from models.codec import CodecSpec, RateCodec, SymbolCodec, context_count
 from models.coinference import CoInference, build_split
@@ -82,6 +83,9 @@ class Point:
     def judged(self, split: Split) -> dict[str, Any]:
         """Accuracy and sizes on one split."""
         network = trained(self)
+        if isinstance(network.codec, ChannelCodec):
+            found = over_noise(network, split)
+            return {"accuracy": max(found[next(iter(found))].values()), "channel_uses": network.codec.channel_uses, **found}
         return {"accuracy": accuracy(network, split), **cost(network, split[0])}
 
 
@@ -204,8 +208,6 @@ def _take_over(network: CoInference, before: CoInference) -> None:
 def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
     """Sizes of the coded `images` uint8 (N, 3, S, S), by tables of the training images: bits by the real coder, frames, cross-entropy, uncoded."""
     codec = network.codec
-    if isinstance(codec, ChannelCodec):
-        return {"channel_uses": codec.channel_uses}
     if not isinstance(codec, SymbolCodec):
         bits = 32 * int(np.prod(codec.feature_shape))
         return {"payload_bits": size([bits]), "uncoded_bits": bits}
