@@ -1,0 +1,109 @@
+"""Pictures of results/three_step.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with any colour vision; two codecs of a family share a colour.
+COLOURS = {"rate": "#0072B2", "uniform": "#56B4E9", "codebook": "#009E73", "bottlenet++": "#D55E00", "public-code": "#CC79A7", "multi-rate": "#E69F00"}
+IMAGE_STYLES = {("webp", False): ("0.35", ":"), ("webp", True): ("0.35", "-"), ("jpeg-bare", False): ("0.65", ":"), ("jpeg", True): ("0.65", "-")}
+WORST = 0.78  # accuracy, below which nobody would go
+
+Raw = dict[str, Any]
+
+
+def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
+    """Accuracy on validation against payload bits, a panel for each cut: every codec, and image formats plain and trained on."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(cuts), sharey=True)
+    reference = raw["references"].get(backbone, {}).get("validation")
+    for axes, (where, cut) in zip(panels, cuts.items(), strict=True):
+        for kind, colour in COLOURS.items():
+            rows = [row for row in _splits(raw, backbone) if row["point"]["cut"] == cut and row["point"]["codec"]["kind"] == kind]
+            _line(axes, _places(rows, "payload_bits"), color=colour, marker="o", label=kind)
+            if kind == "bottlenet++":
+                _line(axes, _places(rows, "uncoded_bits"), color=colour, marker="x", linestyle="--", label=f"{kind}, uncoded")
+        for (image_format, tuned), (colour, style) in IMAGE_STYLES.items():
+            rows = [row for row in raw["points"].values() if row["point"].get("image_format") == image_format and bool(row["point"]["epochs"]) == tuned]
+            _line(axes, _places(rows, "payload_bits"), color=colour, linestyle=style, label=f"{image_format}{', trained on it' if tuned else ''}")
+        if reference:
+            axes.axhline(reference, color="black", linewidth=0.8)
+            axes.axhline(reference - 0.01, color="black", linewidth=0.8, linestyle="--")
+        axes.set_xscale("log")
+        axes.set_title(f"{where} ({cut})", fontsize="medium")
+        axes.set_xlabel("payload bits per image")
+        axes.grid(which="major", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=WORST)
+    panels[0].set_ylabel("top-1 on validation")
+    names = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    figure.suptitle(f"{backbone}: accuracy against payload; the lines are the unsplit network and 1 point less", fontsize="medium")
+    return figure
+
+
+def against_macs(raw: Raw) -> Figure:
+    """Accuracy on validation against what the device computes: the cheapest point of each codec, cut and backbone within 2 points of its reference."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for backbone, marker in (("resnet20", "o"), ("resnet56", "s")):
+        for kind, colour in COLOURS.items():
+            rows = [row for row in _splits(raw, backbone) if row["point"]["codec"]["kind"] == kind and row["validation"]["accuracy"] > WORST]
+            macs = [(row["head_macs"] + row["encoder_macs"]) / 1e6 for row in rows]
+            if rows:
+                accuracies = [row["validation"]["accuracy"] for row in rows]
+                axes.scatter(macs, accuracies, color=colour, marker=marker, s=28, alpha=0.8, label=f"{backbone}, {kind}")
+        if backbone in raw["references"]:
+            axes.axhline(raw["references"][backbone]["validation"], color="black", linewidth=0.8, linestyle="-" if marker == "o" else "--", label=backbone)
+    axes.set_xlabel("device MACs per image, millions (head and encoder)")
+    axes.set_ylabel("top-1 on validation")
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+    return figure
+
+
+def over_noise(raw: Raw) -> Figure:
+    """Accuracy against the channel's quality: analogue symbols beside PAM, and what erased and flipped bits leave."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for row in raw["points"].values():
+        codec, found = row["point"].get("codec", {}), row["validation"]
+        uses = f"{found.get('channel_uses')} channel uses"
+        if codec.get("kind") == "jscc-awgn":
+            for name in ("analogue", *(name for name in found if name.startswith("pam "))):
+                levels = found[name]
+                style = {"linewidth": 2} if name == "analogue" else {"linestyle": "--", "linewidth": 1}
+                label = f"{name}{' (jscc-awgn)' if name == 'analogue' else ' bit'}, {uses}"
+                left.plot([float(level) for level in levels], list(levels.values()), label=label, **style)
+        elif codec.get("kind") in ("jscc-bec", "jscc-bsc"):
+            levels = found["bits"]
+            right.plot([float(level) for level in levels], list(levels.values()), marker="o", label=f"{codec['kind']}, {uses}")
+    left.set_xlabel("PSNR of the channel, dB")
+    right.set_xlabel("probability that a bit is lost (bec) or flipped (bsc)")
+    left.set_ylabel("top-1 on validation")
+    for axes in (left, right):
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _splits(raw: Raw, backbone: str) -> Iterable[Raw]:
+    return (row for row in raw["points"].values() if "codec" in row["point"] and row["point"]["backbone"] == backbone)
+
+
+def _places(rows: Iterable[Raw], size: str) -> list[tuple[float, float]]:
+    """(bits, accuracy) in the order of bits."""
+    sized = ((row["validation"].get(size), row["validation"]["accuracy"]) for row in rows)
+    return sorted((bits["mean"] if isinstance(bits, dict) else bits, share) for bits, share in sized if bits)
+
+
+def _line(axes: Axes, places: list[tuple[float, float]], **style: Any) -> None:
+    if places:
+        axes.plot(*zip(*places, strict=True), markersize=4, linewidth=1.3, **style)

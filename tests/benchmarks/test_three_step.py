@@ -1,0 +1,74 @@
+"""Which point becomes a figure, and when none does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.noise import pam, sigma
+from benchmarks.three_step import CUTS, chains, figures_of
+
+FIRST = CUTS["resnet20"]["first"]
+
+
+def sizes(bits: float) -> dict[str, Any]:
+    return {"payload_bits": {"mean": bits, "p95": bits}, "frame_bytes": {"mean": bits / 8 + 13, "p95": bits / 8 + 13}, "uncoded_bits": 4 * bits}
+
+
+def split(kind: str, bits: float, validation: float, test: float | None) -> dict[str, Any]:
+    codec = {"kind": kind, "code_channels": 8, "stride": 4, "bits": 4, "rate_weight": 0.001}
+    row = {"point": {"backbone": "resnet20", "cut": FIRST, "codec": codec}, "validation": {"accuracy": validation, **sizes(bits)}}
+    return row | ({"test": {"accuracy": test, **sizes(bits)}} if test is not None else {})
+
+
+def webp(bits: float, validation: float, test: float) -> dict[str, Any]:
+    point = {"backbone": "resnet20", "image_format": "webp", "quality": 50, "epochs": 0}
+    return {"point": point, "validation": {"accuracy": validation, **sizes(bits)}, "test": {"accuracy": test, **sizes(bits)}}
+
+
+def figures(*rows: dict[str, Any]) -> dict[str, Any]:
+    return figures_of({"points": {str(number): row for number, row in enumerate(rows)}, "references": {"resnet20": {"validation": 0.9, "test": 0.88}}})
+
+
+def test_the_cheapest_point_within_a_point_on_validation_is_the_figure() -> None:
+    rows = split("rate", 300, 0.891, 0.871), split("uniform", 200, 0.890, 0.8676), split("rate", 100, 0.889, 0.88), split("bottlenet++", 10, 0.9, 0.9)
+    found = figures(*rows, webp(800, 0.895, 0.875))
+    assert found["bits_at_1pt.resnet20.first"]["value"] == 200
+    assert "uniform" in found["bits_at_1pt.resnet20.first"]["how"]
+    assert found["frame_bytes_at_1pt.resnet20.first"]["value"] == 38
+    assert found["bits_over_bottlenetpp.first"]["value"] == 5
+    assert found["bits_over_bottlenetpp_coded.first"]["value"] == 20
+    assert found["bits_over_webp.first"]["value"] == 0.25
+    assert found["webp_bits_at_1pt"]["value"] == 800
+    assert found["bits_at_1pt.resnet20.last"]["value"] is None
+
+
+def test_a_point_that_loses_more_on_test_is_none_and_no_dearer_one_takes_its_place() -> None:
+    found = figures(split("rate", 300, 0.9, 0.88), split("rate", 100, 0.891, 0.867))
+    assert found["bits_at_1pt.resnet20.first"]["value"] is None
+    assert "1.30 points on test" in found["bits_at_1pt.resnet20.first"]["how"]
+
+
+def test_nothing_is_claimed_before_a_test_reading() -> None:
+    found = figures(split("rate", 100, 0.895, None))
+    assert found["bits_at_1pt.resnet20.first"]["value"] is None
+    assert found["bits_at_1pt.resnet20.first"]["how"] == "not judged on test yet"
+
+
+def test_every_point_of_a_sweep_has_a_name_of_its_own() -> None:
+    names = [point.name for chain in chains() for point in chain]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_pam_is_exact_without_noise_and_wrong_as_often_as_theory_says(bits: int) -> None:
+    torch.manual_seed(0)
+    levels = torch.arange(2**bits) / (2**bits - 1)
+    u = levels[torch.randint(2**bits, (200_000,))]
+    assert torch.equal(pam(u, bits, 1e-6), u)
+    noise = sigma(20)
+    reach = 0.5 / (2**bits - 1) / noise
+    tail = 0.5 * torch.erfc(torch.tensor(reach / 2**0.5)).item()
+    assert (pam(u, bits, noise) != u).float().mean() == pytest.approx(2 * (1 - 2**-bits) * tail, abs=0.003)
