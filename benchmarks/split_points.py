@@ -211,10 +211,7 @@ def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
     if not isinstance(codec, SymbolCodec):
         bits = 32 * int(np.prod(codec.feature_shape))
         return {"payload_bits": size([bits]), "uncoded_bits": bits}
-    half, bits = network.device_half(), codec.spec.bits
-    train = load_split("train")[0]
-    tables = coder.build_tables(_symbols(half, train[:TABLE_IMAGES]), bits, context_count(bits) if isinstance(codec, RateCodec) else 1)
-    symbols = _symbols(half, images)
+    tables, symbols = tables_of(network), _symbols(network.device_half(), images)
     payloads, times = [], []
     for code in symbols:
         start = time.perf_counter()
@@ -226,10 +223,17 @@ def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
         "payload_bits": size([8 * size for size in payloads]),
         "frame_bytes": size([size + OVERHEAD_BYTES for size in payloads]),
         "cross_entropy_bits": float(np.mean([coder.entropy_bits(code, tables) for code in symbols])),
-        "uncoded_bits": bits * symbols[0].size,
+        "uncoded_bits": codec.spec.bits * symbols[0].size,
         "symbols": symbols[0].size,
         "coder_ms": float(np.median(times)),
     }
+
+
+def tables_of(network: CoInference) -> coder.CodecTables:
+    """The coder's tables of a split with symbols, from training images."""
+    codec = network.symbol_codec()
+    symbols = _symbols(network.device_half(), load_split("train")[0][:TABLE_IMAGES])
+    return coder.build_tables(symbols, codec.spec.bits, context_count(codec.spec.bits) if isinstance(codec, RateCodec) else 1)
 
 
 def costs_key() -> str:

@@ -19,11 +19,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.end_to_end import RATES_MBPS, SLOWDOWNS, Way, as_raw, grid, medians, through_link, time_parts
 from benchmarks.image_points import FORMATS, QUALITIES, ImagePoint
 from benchmarks.results_file import RESULTS, ROOT, figure, write
 from benchmarks.split_points import Point, costs_key, reference, reference_key
+from benchmarks.three_step_ways import device_only, of_image, of_split, raw_features
+from models.backbones import build_backbone
 from models.codec import CodecSpec
+from pipeline.costs.link import Link
 from pipeline.data import load_card, load_split
+from pipeline.inference import accuracy
 from pipeline.runtime.images import Format
 
 NAME = "three_step"
@@ -43,6 +48,8 @@ SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `un
 LOSS = 0.010  # of accuracy, on validation
 TEST_LOSS = 0.0125  # what a point may lose on test before its figure is null
 TOLERANCE = 1e-9  # accuracies are floats
+TIMED_IMAGES, ROUNDS = 20, 4
+CHECKED = 2  # places a slowdown where splitting wins most, to be measured through the link
 
 Raw = dict[str, Any]
 
@@ -107,6 +114,8 @@ def figures_of(raw: Raw) -> dict[str, Any]:
                 found[f"bits_over_bottlenetpp_coded.{where}"] = _ratio(point, _cheapest(others, best), best, "payload_bits")
                 found[f"bits_over_webp.{where}"] = _ratio(point, _cheapest(images, best), best, "payload_bits")
     best = raw["references"].get("resnet20")
+    if "end_to_end" in raw:
+        found |= end_to_end_figures(raw["end_to_end"])
     found["webp_bits_at_1pt"] = _bits(_cheapest(images, best), best, "payload_bits", "mean bits without container of the cheapest WebP at most 1 point below")
     return found
 
@@ -156,10 +165,62 @@ def _label(row: Raw) -> str:
     return f"{codec['kind']}{rate} {codec['code_channels']}ch /{codec['stride']} {codec['bits']}bit"
 
 
+def run_end_to_end(raw: Raw) -> Raw:
+    """Times every way within 1 point on validation, twice; the grid; and the places where splitting wins most again, through processes and link."""
+    best, points = raw["references"]["resnet20"], {point.name: point for chain in chains() for point in chain}
+    train, validation = load_split("train"), load_split("validation")
+    ways: list[Way] = []
+    for name, row in raw["points"].items():
+        found = row["validation"]
+        if row["point"]["backbone"] == "resnet20" and "frame_bytes" in found and _near(row, best):
+            point = points[name]
+            build = of_image if isinstance(point, ImagePoint) else of_split
+            ways.append(build(point, found["accuracy"], found["frame_bytes"]["mean"]))
+    network = build_backbone("resnet20", load_card().num_classes, 32, Path(WEIGHTS["resnet20"])).eval()
+    ways.append(device_only(network, "resnet20 device-only", accuracy(network, validation), ours=False))
+    ways.extend(raw_features("resnet20", WEIGHTS["resnet20"], train, validation))
+    images = validation[0].numpy()
+    predicted, measured = (
+        {name: medians(parts) for name, parts in time_parts(ways, images[start : start + TIMED_IMAGES], ROUNDS).items()} for start in (0, TIMED_IMAGES)
+    )
+    floor, classes = best["validation"] - LOSS - TOLERANCE, load_card().num_classes
+    places = grid(ways, predicted, measured, floor, classes)
+    by_name = {way.name: way for way in ways}
+    checked = []
+    for slowdown in SLOWDOWNS:
+        real = sorted((place for place in places if place.slowdown == slowdown and place.real_cut), key=lambda place: place.ratio)
+        rest = [place for place in places if place.slowdown == slowdown and not place.real_cut][:: len(RATES_MBPS)]
+        for place in [*real[:CHECKED], *rest[:1]]:
+            pair = [by_name[name] for name in dict.fromkeys((place.pick, place.baseline))]
+            link = Link(place.rate_mbps, place.rtt_ms)
+            times = through_link(pair, images[: 2 * TIMED_IMAGES], place.slowdown, link)
+            row = {"slowdown": slowdown, "rate_mbps": place.rate_mbps, "rtt_ms": place.rtt_ms, "pick": place.pick, "baseline": place.baseline}
+            checked.append(row | {"ms": {name: [round(ms, 3) for ms in values] for name, values in times.items()}})
+    facts = [{"name": way.name, "accuracy": way.accuracy, "frame_bytes": way.frame_bytes, "ours": way.ours, "real_cut": way.real_cut} for way in ways]
+    return {"ways": facts, "predicted": predicted, "measured": measured, "grid": as_raw(places), "through_link": checked}
+
+
+def end_to_end_figures(found: Raw) -> dict[str, Any]:
+    """The worst ratio over the grid, and the best speed-up of a real cut at each slowdown."""
+    worst = max(found["grid"], key=lambda place: place["ratio"])
+    at = "{pick} against {baseline} at slowdown {slowdown:g}, {rtt_ms:g} ms, {rate_mbps:.3g} Mbit/s"
+    figures = {"end_to_end_worst_ratio": figure(worst["ratio"], "ratio", at.format(**worst), n=len(found["grid"]))}
+    for slowdown in SLOWDOWNS:
+        real = [place for place in found["grid"] if place["slowdown"] == slowdown and place["real_cut"]]
+        name = f"end_to_end_best_speedup.x{slowdown:g}"
+        if real:
+            best = min(real, key=lambda place: place["ratio"])
+            figures[name] = figure(1 / best["ratio"], "ratio", at.format(**best), n=len(real))
+        else:
+            figures[name] = figure(None, "ratio", "no real cut is picked anywhere on the grid")
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further point after this long")
     parser.add_argument("--only", default="", help="only points whose name holds this")
+    parser.add_argument("--time", action="store_true", help="train nothing; time all that was trained, and the grid of devices and links")
     arguments = parser.parse_args()
     os.chdir(ROOT / "examples/cifar10")
     file, start = RESULTS / f"{NAME}.json", time.monotonic()
@@ -167,6 +228,11 @@ def main() -> None:
 
     def save() -> None:
         write(NAME, dataset={"name": "CIFAR-10 (JPEG)", "hash": load_card().sha256}, seeds=[0], figures=figures_of(raw), raw=raw)
+
+    if arguments.time:
+        raw["end_to_end"] = run_end_to_end(raw)
+        save()
+        return
 
     def in_time() -> bool:
         return (time.monotonic() - start) / 60 < arguments.minutes

@@ -1,0 +1,85 @@
+"""The ways to classify that results/three_step.json knows, as they would be deployed: candidates, and every baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import image_points
+from benchmarks.end_to_end import Way, frame_size
+from benchmarks.image_points import ImagePoint
+from benchmarks.split_points import Point, cost, tables_of, trained
+from models.backbones import build_backbone
+from models.baseline_codecs import RawByteCodec
+from models.codec import CodecSpec
+from models.coinference import CoInference, build_split
+from models.cutting import cut_points, split
+from pipeline.data import Split, load_card
+from pipeline.inference import accuracy, outputs
+from pipeline.onnx_export import export_onnx
+
+OURS = ("uniform", "codebook", "rate", "multi-rate")
+CALIBRATION_IMAGES = 1_000
+EXAMPLE = torch.zeros(2, 3, 32, 32)
+
+
+def of_split(point: Point, accuracy: float, frame_bytes: float) -> Way:
+    """A trained split, which must have symbols."""
+    return _with_symbols(trained(point), point.name, accuracy, frame_bytes, ours=point.codec.kind in OURS)
+
+
+def of_image(point: ImagePoint, accuracy: float, frame_bytes: float) -> Way:
+    """Edge-only, with the network that belongs to the format."""
+    edge = _whole(image_points.trained(point))
+    return Way(point.name, accuracy, frame_bytes, False, False, "image", 32, edge=edge, image_format=point.image_format, quality=point.quality)
+
+
+def device_only(network: nn.Module, name: str, accuracy: float, *, ours: bool) -> Way:
+    return Way(name, accuracy, 0.0, ours, False, "nothing", 32, device=_whole(network))
+
+
+def raw_features(backbone: str, weights: str, train: Split, validation: Split) -> Iterator[Way]:
+    """Neurosurgeon: the feature at every cut as it is, in 32 bits a value, and in 8 bits by our coder."""
+    network = build_backbone(backbone, load_card().num_classes, 32, Path(weights)).eval()
+    whole = accuracy(network, validation)
+    for cut in cut_points(network, EXAMPLE)[1:-1]:
+        head, tail = (half.eval() for half in split(network, EXAMPLE, cut.name))
+        with torch.no_grad():
+            feature = head(EXAMPLE)
+        halves = {
+            "device": export_onnx(head, EXAMPLE, input_name="image", output_name="feature"),
+            "edge": export_onnx(tail, feature, input_name="feature", output_name="logits"),
+        }
+        yield Way(f"{backbone} {cut.name} raw-fp32", whole, frame_size([4 * cut.elements]), False, True, "floats", 32, shape=cut.shape, **halves)
+        if len(cut.shape) == 3:
+            coded = build_split(network, EXAMPLE, cut.name, CodecSpec("raw-8bit", cut.shape[0], 1, 8)).eval()
+            assert isinstance(coded.codec, RawByteCodec)
+            coded.codec.calibrate(outputs(coded.head, train[0][:CALIBRATION_IMAGES]))
+            sizes = cost(coded, validation[0][:CALIBRATION_IMAGES])
+            yield _with_symbols(coded, f"{backbone} {cut.name} raw-8bit", accuracy(coded, validation), sizes["frame_bytes"]["mean"], ours=False)
+
+
+def _with_symbols(network: CoInference, name: str, accuracy: float, frame_bytes: float, *, ours: bool) -> Way:
+    half = network.device_half().eval()
+    with torch.no_grad():
+        symbols = half(EXAMPLE)
+    return Way(
+        name,
+        accuracy,
+        frame_bytes,
+        ours=ours,
+        real_cut=True,
+        sent="symbols",
+        image_size=32,
+        device=export_onnx(half, EXAMPLE, input_name="image", output_name="symbols"),
+        edge=export_onnx(network.edge_half().eval(), symbols, input_name="symbols", output_name="logits"),
+        tables=tables_of(network),
+        shape=network.codec.code_shape,
+    )
+
+
+def _whole(network: nn.Module) -> bytes:
+    return export_onnx(network.eval(), EXAMPLE, input_name="image", output_name="logits")
