@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.branches import drop_branches
 from pipeline.errors import ModelError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -22,10 +23,16 @@ class ChannelPlan:
     """Which channels a pruned network kept, from which it is rebuilt before its weights load.
 
     `kept` maps a layer's name to {"out": indices, "in": indices}, indices of the unpruned network in ascending order; a side that is whole is left out,
-    and so is a layer that is whole. A batch norm has only "out"; a depthwise convolution has both sides, equal.
+    and so is a layer that is whole. A batch norm has only "out"; a depthwise convolution has both sides, equal. A layer of {"out": []} is gone, and so
+    are all others between the ends of the shortcut around it.
     """
 
     kept: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """The layers that are gone."""
+        return frozenset(name for name, sides in self.kept.items() if sides.get("out") == ())
 
     def to_dict(self) -> dict[str, dict[str, list[int]]]:
         return {name: {side: list(indices) for side, indices in sides.items()} for name, sides in self.kept.items()}
@@ -40,6 +47,9 @@ class ChannelPlan:
         for name, sides in fields.items():
             if not isinstance(sides, Mapping) or not sides or not set(sides) <= {"out", "in"}:
                 raise ModelError(f'channel plan, layer {name}: expected {{"out": [...], "in": [...]}}, found {sides!r}; use the plan the pruning wrote.')
+            if sides == {"out": []}:
+                kept[name] = {"out": ()}
+                continue
             for side, indices in sides.items():
                 ints = isinstance(indices, Sequence) and all(type(i) is int and i >= 0 for i in indices)
                 if not (ints and indices and list(indices) == sorted(set(indices))):
@@ -63,10 +73,13 @@ def rebuild(head: nn.Module, plan: ChannelPlan) -> nn.Module:
     """A copy of the unpruned `head` with the shapes of `plan`, weights taken by index; the state dict of the pruned head then fits.
 
     Raises:
-        ModelError: a layer the head lacks, or channels that layer does not have.
+        ModelError: a layer the head lacks, channels that layer does not have, or a layer to be dropped that no shortcut goes past.
     """
     pruned = copy.deepcopy(head)
+    drop_branches(pruned, plan.dropped)
     for name, sides in plan.kept.items():
+        if name in plan.dropped:
+            continue
         try:
             layer = pruned.get_submodule(name)
         except AttributeError as error:

@@ -17,6 +17,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from models.branches import residual_branches
 from models.channel_plan import CONVOLUTIONS, NORMS, ChannelPlan, depthwise, rebuild, width
 from pipeline.errors import ModelError
 
@@ -49,6 +50,8 @@ class Pruner:
         self._traced = copy.deepcopy(head).requires_grad_(True)
         self._names = {module: name for name, module in self._traced.named_modules()}
         self._channel_block, self._blocks = channel_block, tuple(layers_of_block)
+        self._branches = residual_branches(head)
+        self._layers_of_block = {block: frozenset(layers) for block, layers in layers_of_block.items()}
         self._graph, groups = _free_groups(self._traced, example[:1], cut_channels)
         position = {name: (index, block) for index, (block, name) in enumerate((b, n) for b, layers in layers_of_block.items() for n in layers)}
         self._groups: dict[str, tuple[str, Any]] = {}
@@ -78,21 +81,23 @@ class Pruner:
         """The channels to keep: of each group round(ratio*channels), rounded up to a multiple of the channel block, those that score highest.
 
         Args:
-            keep: block or group -> kept fraction in (0, 1]; what is not named is kept whole, and a group's own ratio goes before its block's.
+            keep: block or group -> kept fraction in (0, 1]; what is not named is kept whole, and a group's own ratio goes before its block's. 0 drops all
+                that shortcuts go past in a block.
 
         Raises:
-            ModelError: an unknown block, a ratio outside (0, 1], or one that would leave a layer without channels.
+            ModelError: an unknown block, a ratio outside [0, 1], one that would leave a layer without channels, or 0 for what no shortcut goes past.
         """
         for name, ratio in keep.items():
             if name not in self._blocks and name not in self._groups:
                 known = ", ".join(self._blocks) or "none"
                 raise ModelError(f"keep names block {name}, which the device half does not have; choose among {known}.")
-            if not 0 < ratio <= 1:
-                raise ModelError(f"keep ratio of block {name} is {ratio}; choose a fraction above 0 and at most 1.")
+            if not 0 <= ratio <= 1:
+                raise ModelError(f"keep ratio of block {name} is {ratio}; choose a fraction of at most 1, or 0 to drop a block that a shortcut goes past.")
+        dropped = {layer for name, ratio in keep.items() if ratio == 0 for layer in self._droppable(name)}
         removed: dict[tuple[str, str], set[int]] = defaultdict(set)
         for name, (block, group) in self._groups.items():
             ratio = keep.get(name, keep.get(block, 1.0))
-            indices = self._least_important(group, ratio, block, scores[name]) if ratio < 1 else []
+            indices = self._least_important(group, ratio, block, scores[name]) if 0 < ratio < 1 else []
             if not indices:
                 continue
             # Asked again for the chosen channels only: channels of one layer may be tied to each other, which the group of all of them does not show.
@@ -106,7 +111,15 @@ class Pruner:
             if not rest:
                 raise ModelError(f"pruning would leave layer {name} without channels; raise its block's keep ratio.")
             kept[name][side] = rest
-        return ChannelPlan(dict(kept))
+        return ChannelPlan({**kept, **{layer: {"out": ()} for layer in sorted(dropped)}})
+
+    def _droppable(self, block: str) -> list[str]:
+        """The layers of `block` that shortcuts go past."""
+        layers = self._layers_of_block.get(block, frozenset[str]())
+        found = [layer for branch in self._branches if layers.issuperset(branch) for layer in branch]
+        if not found:
+            raise ModelError(f"keep ratio of block {block} is 0, but no shortcut goes past its layers; choose a fraction above 0.")
+        return found
 
     def _least_important(self, group: Any, ratio: float, block: str, scores: Tensor) -> list[int]:
         """Channels of the group's first layer that go, ascending."""

@@ -117,7 +117,9 @@ class Search(Section):
     cuts: Literal["blocks", "all"] = Field(
         "blocks", description="where to cut: after each block, or wherever a single tensor crosses; `all` needs a profile measured so"
     )
-    keep: list[Fraction] = Field(min_length=1, description="kept fractions of a block's prunable channels")
+    keep: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        min_length=1, description="kept fractions of a block's prunable channels; 0 drops blocks with a shortcut"
+    )
     code_channels: list[Count] = Field(min_length=1, description="channels of the code")
     strides: list[Literal[1, 2, 4, 8]] = Field(min_length=1, description="spatial strides of the encoder")
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field(min_length=1, description="bits a symbol")

@@ -13,6 +13,7 @@ from models.pruning import Importance, Pruner
 from pipeline.errors import ParamsError
 
 STEPS_PER_ROUND = 3  # at least: one to recover, one to be silent
+DROP_SHARE = 1 / 2  # of the channels that a block may lose before it is dropped as a whole, if it is to go
 RECOVERY = 1 / 3  # share of a round in which all channels train
 
 
@@ -51,7 +52,7 @@ class SoftPruning(Callback):
             self._lift()
             self._round = now
             share = 1 - (1 - (self._round + 1) / self.rounds) ** 3
-            keep = {name: 1 - (1 - ratio) * share for name, ratio in self.keep.items()}
+            keep = {name: 1 - (1 - ratio) * share if ratio or share <= DROP_SHARE else 0.0 for name, ratio in self.keep.items()}
             self._plan = self.pruner.plan(keep, self._scores if self.importance == "taylor" else self.pruner.scores(self.head, self.importance))
             self._silence, self._scores = Silence(self.head, self._plan), {}
 

@@ -100,8 +100,8 @@ class BackboneProfile:
     def half_ms(self, block_macs: Mapping[str, float]) -> float:
         """One ONNX Runtime call that computes the named blocks at the given MACs, in ms.
 
-        Blocks measured alone pay for layout changes at their borders, so their sum is scaled to the whole network measured at once;
-        all blocks unpruned thus give `full`.
+        A block that computes nothing any more takes no time. Blocks measured alone pay for layout changes at their borders, so their sum is scaled to
+        the whole network measured at once; all blocks unpruned thus give `full`.
 
         Raises:
             ProfileError: a block that was not measured.
@@ -110,7 +110,10 @@ class BackboneProfile:
         unknown = sorted(set(block_macs) - set(points))
         if unknown:
             raise ProfileError(f"the profile has no block {unknown[0]}; it has {', '.join(points)}.")
-        return self.call_overhead.median_ms + sum(interpolate_ms(points[name], macs) for name, macs in block_macs.items()) / self.sum_over_full
+        return (
+            self.call_overhead.median_ms
+            + sum(interpolate_ms(points[name], macs) for name, macs in block_macs.items() if macs or not points[name][-1].macs) / self.sum_over_full
+        )
 
     def codec_ms(self, side: str, cut: str, macs: float) -> float:
         """The `encoder` or `decoder` convolutions (with quantisation) at `cut`, in ms without a call overhead.

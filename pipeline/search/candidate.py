@@ -24,7 +24,8 @@ class Candidate:
     """A way to run the classifier across device and edge.
 
     `cut` names a `CutPoint`; `input` sends the image itself as WebP at `quality` (100 = lossless), `output` sends nothing.
-    `keep` pairs device blocks with the kept fraction of their prunable channels; a block kept whole is left out, so equal candidates compare equal.
+    `keep` pairs device blocks with the kept fraction of their prunable channels; a block kept whole is left out, so equal candidates compare
+    equal; 0 drops a block.
     `codec` is one of `CODECS`, of a split that names none the first; `rate_weight`, the loss per coded bit it is trained with, belongs to `rate` alone.
     `precision` is the device half's, of a split. `points` are the operating points (channels, bits) of codec `multi-rate`, the first of which is measured.
 
@@ -79,8 +80,8 @@ class Candidate:
         if self.kind == "edge-only" and self.keep:
             raise ParamsError("candidate at cut input: there is no device half to prune.")
         for block, ratio in self.keep:
-            if not 0 < ratio <= 1:
-                raise ParamsError(f"candidate at cut {self.cut}: keep ratio of {block} is {ratio}; choose a fraction above 0 and at most 1.")
+            if not 0 <= ratio <= 1:
+                raise ParamsError(f"candidate at cut {self.cut}: keep ratio of {block} is {ratio}; choose a fraction of at most 1, 0 to drop the block.")
         if len(dict(self.keep)) < len(self.keep):
             raise ParamsError(f"candidate at cut {self.cut}: a block has two keep ratios; give one.")
         object.__setattr__(self, "keep", tuple(sorted((block, ratio) for block, ratio in self.keep if ratio < 1)))

@@ -14,13 +14,25 @@ from pipeline.errors import ModelError
 
 
 def test_plan_survives_json() -> None:
-    plan = ChannelPlan({"a.conv": {"out": (0, 2), "in": (1,)}, "a.bn": {"out": (0, 2)}})
+    plan = ChannelPlan({"a.conv": {"out": (0, 2), "in": (1,)}, "a.bn": {"out": (0, 2)}, "b.conv": {"out": ()}})
+    assert plan.dropped == {"b.conv"}
     assert ChannelPlan.from_json(plan.to_json()) == plan
     assert ChannelPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"a": [1]}', '{"a": {}}', '{"a": {"up": [1]}}', '{"a": {"out": []}}', '{"a": {"out": [2, 1]}}', '{"a": {"out": [0.5]}}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"a": [1]}',
+        '{"a": {}}',
+        '{"a": {"up": [1]}}',
+        '{"a": {"in": []}}',
+        '{"a": {"out": [], "in": [0]}}',
+        '{"a": {"out": [2, 1]}}',
+        '{"a": {"out": [0.5]}}',
+    ],
 )
 def test_nonsense_is_no_plan(text: str) -> None:
     with pytest.raises(ModelError, match="channel plan"):

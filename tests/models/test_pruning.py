@@ -225,3 +225,36 @@ def test_unknown_blocks_and_impossible_ratios_are_refused(keep: dict[str, float]
     head, image, layers = halves("resnet20", 16, "layer2.1")
     with pytest.raises(ModelError, match=message):
         prune_head(head, image, keep, layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "cut", "block"),
+    [("resnet20", 16, "layer2.1", "layer1.1"), ("mobilenet_v2", 32, "features.4", "features.3"), ("efficientnet_b0", 32, "features.2.1", "features.2.1")],
+)
+def test_a_block_with_a_shortcut_can_go_as_a_whole(name: str, size: int, cut: str, block: str) -> None:
+    head, image, layers = halves(name, size, cut)
+    pruned, plan = prune_head(head, image, {block: 0.0}, layers)
+    assert plan.dropped == set(layers[block])
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(image), silenced(head, plan)(image))
+    assert not [key for key in pruned.state_dict() if key.startswith(f"{block}.")]
+    again = rebuild(head, ChannelPlan.from_json(plan.to_json()))
+    again.load_state_dict(pruned.state_dict())
+    assert torch.equal(again(image), pruned(image))
+    assert sum(count_macs(pruned, image[:1]).values()) == sum(macs for layer, macs in count_macs(head, image[:1]).items() if layer not in layers[block])
+
+
+def test_what_no_shortcut_goes_past_cannot_be_dropped() -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    with pytest.raises(ModelError, match=r"keep ratio of block layer2\.0 is 0, but no shortcut goes past its layers; choose a fraction above 0"):
+        prune_head(head, image, {"layer2.0": 0.0}, layers)
+    with pytest.raises(ModelError, match=r"drops layer layer2\.0\.conv1, which no shortcut of this network goes past"):
+        rebuild(head, ChannelPlan({"layer2.0.conv1": {"out": ()}}))
+
+
+def test_dropping_goes_with_narrowing_the_rest() -> None:
+    head, image, layers = halves("resnet20", 16, "layer2.1")
+    pruned, plan = prune_head(head, image, {"layer1.1": 0.0, "layer1.0": 0.5, "layer1.2": 0.5, "relu": 0.5}, layers)
+    assert plan.dropped == set(layers["layer1.1"])
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(image), silenced(head, plan)(image), rtol=1e-4, atol=1e-5)

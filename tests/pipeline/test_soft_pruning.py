@@ -39,12 +39,14 @@ class Watched(SoftPruning):
         self.seen = [*getattr(self, "seen", []), sum(16 - len(sides["out"]) for name, sides in kept.items() if name == "block2.conv1")]
 
 
-def pruned(importance: Importance = "l1", folder: Path | None = None, break_at: int | None = None) -> tuple[nn.Module, nn.Module, Watched]:
+def pruned(
+    importance: Importance = "l1", folder: Path | None = None, break_at: int | None = None, keep: dict[str, float] = KEEP
+) -> tuple[nn.Module, nn.Module, Watched]:
     torch.manual_seed(0)
     network = tiny_backbone(3, 16)
     head, _ = split(network, EXAMPLE, "block2")
     layers = {point.name: point.layers for point in cut_points(network, EXAMPLE) if point.name in KEEP}
-    soft = Watched(head, Pruner(head, EXAMPLE, layers, cut_channels=True), KEEP, rounds=3, importance=importance)
+    soft = Watched(head, Pruner(head, EXAMPLE, layers, cut_channels=True), keep, rounds=3, importance=importance)
 
     def log(row: dict[str, float]) -> None:
         if row["epoch"] == break_at:
@@ -68,6 +70,16 @@ def test_what_is_left_out_is_zero_in_the_end_so_removing_it_changes_nothing(impo
     torch.testing.assert_close(narrow, whole[:, list(plan.kept["block2.bn2"]["out"])])
     right = (network.eval()(images).argmax(1) == coloured(30)[1]).float().mean()
     assert right > 0.8, "the rest learned to do without"
+
+
+def test_a_block_that_goes_as_a_whole_is_silent_in_the_end() -> None:
+    network, head, soft = pruned(keep={"block1": 0.0, "block2": 0.5})
+    plan = soft.plan()
+    assert plan.dropped == {f"block1.{layer}" for layer in ("conv1", "bn1", "conv2", "bn2")}
+    images, labels = coloured(30)
+    with torch.no_grad():
+        torch.testing.assert_close(rebuild(head, plan).eval()(normalise(images)), head.eval()(normalise(images)))
+    assert (network.eval()(normalise(images)).argmax(1) == labels).float().mean() > 0.8
 
 
 def test_more_are_silenced_each_round_after_all_could_recover() -> None:

@@ -36,6 +36,14 @@ def test_between_measured_points_times_are_interpolated_and_beyond_them_held() -
     assert [interpolate_ms(points, macs) for macs in (0, 100, 200, 300, 900)] == [1, 1, 1.5, 2, 2]
 
 
+def test_a_dropped_block_takes_no_time() -> None:
+    backbone = toy_profile().backbone(KEY)
+    macs = {"stem": 1000.0, "body": 2000.0}
+    whole, narrow, dropped = (backbone.half_ms(macs | {"body": body}) for body in (2000.0, 1.0, 0.0))
+    assert dropped < narrow < whole
+    assert dropped == backbone.half_ms({"stem": 1000.0})
+
+
 def test_the_profile_reports_what_cutting_costs_the_runtime() -> None:
     assert toy_profile().to_dict()["backbones"][KEY]["sum_over_full"] == pytest.approx(4 / 3, abs=1e-4)
 

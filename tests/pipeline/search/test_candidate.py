@@ -40,7 +40,7 @@ def test_keeping_a_block_whole_is_not_naming_it():
         ({"cut": "layer1", "code_channels": 2, "stride": 3, "bits": 2}, "stride is 3"),
         ({"cut": "layer1", "code_channels": 0, "stride": 1, "bits": 2}, "code_channels is 0"),
         ({"cut": "layer1", "code_channels": 2}, "needs code_channels, stride and bits"),
-        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "keep": {"a": 0}}, "keep ratio of a is 0"),
+        ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "keep": {"a": -0.5}}, "keep ratio of a is -0.5"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "keep": [["a", 0.5, 1]]}, "candidate"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "codec": "morse"}, "codec is morse; choose one of uniform, codebook, rate"),
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "codec": "rate"}, "codec rate with rate_weight None; rate takes 0 or more, others none"),
