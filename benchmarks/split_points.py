@@ -9,6 +9,8 @@ import copy
 import hashlib
 import json
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -16,24 +18,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from benchmarks.noise import over_noise
 from models.backbones import build_backbone
+from models.channel_plan import ChannelPlan, Silence, rebuild
 from models.codec import CodecSpec, RateCodec, SymbolCodec, context_count
 from models.coinference import CoInference, build_split
-from models.cutting import count_macs
+from models.cutting import count_macs, cut_points
 from models.jscc import ChannelCodec
+from models.pruning import Pruner
 from pipeline.data import Split, View, load_card, load_split
 from pipeline.distilling import Distiller, Ensemble
-from pipeline.files import atomic_write_bytes
+from pipeline.errors import ModelError
+from pipeline.files import atomic_write_bytes, atomic_write_text
 from pipeline.fingerprint import fingerprint
-from pipeline.inference import accuracy, outputs
+from pipeline.inference import accuracy, outputs, recalibrated
+from pipeline.networks import layers_up_to
 from pipeline.params import Finetune
 from pipeline.runtime import coder
 from pipeline.runtime.frame import OVERHEAD_BYTES
+from pipeline.soft_pruning import SoftPruning
 from pipeline.split_distilling import SplitDistiller
 from pipeline.training import DataModule, fit, weights_bytes
 
@@ -45,13 +53,18 @@ TABLE_IMAGES = 10_000
 SETTINGS = Finetune(
     epochs=1, batch_size=128, learning_rate=0.03, weight_decay=5e-4, ema_decay=0.998, distill_logits=4.0, distill_feature=0.0, flip=True, crop_padding=4
 )
+PRUNE_ROUNDS = 3
+STATISTICS_IMAGES, CHOICE_IMAGES = 1_024, 1_000
 CODEC_ALONE = {"learning_rate": 0.1, "distill_feature": 0.5}  # while head and tail are frozen
 TEACHERS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is trained: `weights` (a safetensors file) of `backbone`, split at `cut`, with `codec`, on from `before` if there is one."""
+    """What is trained: `weights` (a safetensors file) of `backbone`, split at `cut`, with `codec`, on from `before` if there is one.
+
+    With `prune_epochs` residual blocks that compute at least `share` of the head's MACs are dropped, softly, before the rest.
+    """
 
     backbone: str
     weights: str
@@ -61,16 +74,21 @@ class Point:
     codec_epochs: int = 0
     seed: int = 0
     before: Point | None = None
+    share: float = 0.0
+    prune_epochs: int = 0
 
     @property
     def name(self) -> str:
         codec = self.codec
         rate = f" {codec.rate_weight:g}" if codec.kind == "rate" else ""
-        return f"{self.backbone} {self.cut} {codec.kind} {codec.code_channels}ch /{codec.stride} {codec.bits}bit{rate}, seed {self.seed}"
+        pruned = f", without {self.share:.0%} of the MACs" if self.prune_epochs else ""
+        return f"{self.backbone} {self.cut} {codec.kind} {codec.code_channels}ch /{codec.stride} {codec.bits}bit{rate}{pruned}, seed {self.seed}"
 
     def key(self) -> str:
         """Names everything its weights depend on."""
         fields = asdict(self) | {"before": self.before.key() if self.before else None, "weights": digest(Path(self.weights))}
+        if not self.prune_epochs:
+            del fields["share"], fields["prune_epochs"]
         return named(fields, recipe())
 
     def facts(self) -> dict[str, Any]:
@@ -100,16 +118,57 @@ def trained(point: Point) -> CoInference:
     backbone, example = backbone_of(point), torch.zeros(1, 3, 32, 32)
     torch.manual_seed(point.seed)
     network = build_split(backbone, example, point.cut, point.codec)
-    file = STATE / f"{point.key()}.safetensors"
+    file, plan_file = STATE / f"{point.key()}.safetensors", STATE / f"{point.key()}.plan.json"
     if not file.exists():
         if point.before is not None:
             _take_over(network, trained(point.before))
+        if point.prune_epochs:
+            plan = _prune(network, backbone, point)
+            network = CoInference(rebuild(network.head, plan), network.codec, network.tail)
+            recalibrated(network.head, load_split("train")[0][:STATISTICS_IMAGES])
+            atomic_write_text(plan_file, plan.to_json())
         alone, frozen = SETTINGS.model_copy(update=CODEC_ALONE), (network.head, network.tail)
         train(SplitDistiller(network, teacher(), alone, 0.0, frozen), f"{point.name}, codec", f"{point.key()}-codec", point.codec_epochs, point.seed)
         train(SplitDistiller(network, teacher(), SETTINGS, 0.0), point.name, f"{point.key()}-all", point.epochs, point.seed)
         atomic_write_bytes(file, weights_bytes(network))
+    elif point.prune_epochs:
+        network = CoInference(rebuild(network.head, ChannelPlan.from_json(plan_file.read_text())), network.codec, network.tail)
     network.load_state_dict(load_file(file))
     return network.eval()
+
+
+def _prune(network: CoInference, backbone: nn.Module, point: Point) -> ChannelPlan:
+    """Trains `network` while the residual blocks that it needs least are silenced; what is left of its head then."""
+    example = torch.zeros(1, 3, 32, 32)
+    layers = layers_up_to(cut_points(backbone, example), point.cut)
+    chooser = Pruner(network.head, example, layers)
+    keep = dict.fromkeys(_least_needed(network, chooser, layers, point.share), 0.0)
+    soft = SoftPruning(network.head, chooser, keep, PRUNE_ROUNDS, "l1")
+    lesson = SplitDistiller(network, teacher(), SETTINGS, 0.0)
+    train(lesson, f"{point.name}, pruning", f"{point.key()}-prune", point.prune_epochs, point.seed, callbacks=[soft])
+    return soft.plan()
+
+
+def _least_needed(network: CoInference, chooser: Pruner, layers: Mapping[str, Sequence[str]], share: float) -> list[str]:
+    """The blocks without which, one at a time, most validation images are still classified right, until they compute `share` of the head's MACs."""
+    images, labels = (part[:CHOICE_IMAGES] for part in load_split("validation"))
+    macs, scores = count_macs(network.head, torch.zeros(1, 3, 32, 32)), chooser.scores(network.head)
+    found: list[tuple[float, str, int]] = []
+    network.eval()
+    for block in layers:
+        with suppress(ModelError):
+            silence = Silence(network.head, chooser.plan({block: 0.0}, scores))
+            found.append((accuracy(network, (images, labels)), block, sum(macs.get(layer, 0) for layer in layers[block])))
+            silence.lift()
+    chosen: list[str] = []
+    left = share * sum(macs.values())
+    for _, block, spent in sorted(found, reverse=True):
+        if left > 0:
+            chosen.append(block)
+            left -= spent
+    if left > 0:
+        raise ModelError(f"blocks with a shortcut compute less than {share:.0%} of the head's MACs; choose less.")
+    return chosen
 
 
 def reference(backbone: str, weights: str, epochs: int) -> dict[str, Any]:
@@ -167,7 +226,7 @@ def teacher() -> Remembered:
     return Remembered(Ensemble(networks).to(memory_format=torch.channels_last), STATE / f"teacher-{named(recipe()[-1])}")
 
 
-def train(lesson: Distiller, name: str, folder: str, epochs: int, seed: int = 0, view: View | None = None) -> None:
+def train(lesson: Distiller, name: str, folder: str, epochs: int, seed: int = 0, view: View | None = None, callbacks: Sequence[Callback] = ()) -> None:
     """Train what `lesson` holds, in place; state lies in `folder`."""
     settings = lesson.settings
     fit(
@@ -179,6 +238,7 @@ def train(lesson: Distiller, name: str, folder: str, epochs: int, seed: int = 0,
         threads=THREADS,
         precision=settings.precision,
         log=lambda row: print(time.strftime("%H:%M"), name, {key: round(value, 4) for key, value in row.items()}, flush=True),
+        callbacks=callbacks,
     )
     teacher().keep()
 

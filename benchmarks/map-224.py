@@ -1,0 +1,138 @@
+"""Where would splitting pay at 224 pixels? Latency and bytes of MobileNetV3-small and ResNet-18 at every cut; random weights, so nothing about accuracy.
+
+Images are crops of the two photographs that scikit-learn brings. One thread; slower devices and links by the formula of METHODS 4.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.datasets import load_sample_images
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.end_to_end import SLOWDOWNS, Way, frame_size, medians, time_parts, total_ms
+from benchmarks.results_file import figure, write
+from models.backbones import build_backbone
+from models.codec import CodecSpec
+from models.coinference import build_split
+from models.cutting import cut_points
+from models.jscc import ChannelCodec
+from pipeline.costs.link import Link
+from pipeline.errors import ModelError
+from pipeline.inference import outputs
+from pipeline.onnx_export import export_onnx
+from pipeline.runtime import coder
+from pipeline.runtime.images import container_bytes, encode_image
+
+NAME = "map-224"
+BACKBONES = ("mobilenet_v3_small", "resnet18")
+CODES = ((8, 4, 2), (16, 4, 2), (16, 2, 2), (32, 2, 4))  # channels, stride, bits
+QUALITIES = (75, 50, 30)
+SIZE, CLASSES = 224, 1000
+RATES_MBPS = tuple(float(rate) for rate in np.geomspace(0.02, 20, 13))
+RTT_MS = 20.0
+EXAMPLE = torch.zeros(2, 3, SIZE, SIZE)
+ROUNDS = 3
+
+
+def crops() -> NDArray[np.uint8]:
+    """(N, 3, 224, 224): a grid over each photograph."""
+    found = []
+    for photo in load_sample_images().images:
+        for top, left in itertools.product(range(0, photo.shape[0] - SIZE + 1, 100), range(0, photo.shape[1] - SIZE + 1, 200)):
+            found.append(photo[top : top + SIZE, left : left + SIZE].transpose(2, 0, 1))
+    return np.ascontiguousarray(np.stack(found))
+
+
+def ways(name: str, images: NDArray[np.uint8]) -> Iterator[Way]:
+    """Edge-only at some qualities, device-only, and a split at every cut with every code that fits it."""
+    torch.manual_seed(0)
+    backbone = build_backbone(name, CLASSES, SIZE).eval()
+    whole = export_onnx(backbone, EXAMPLE, input_name="image", output_name="logits")
+    plain = Way("", 0.0, 0.0, ours=False, real_cut=False, sent="image", image_size=SIZE)
+    for quality in QUALITIES:
+        files = [encode_image(image, "webp", quality) for image in images]
+        sizes = [len(file) - container_bytes(file, "webp") for file in files]
+        yield replace(plain, name=f"{name} WebP q{quality}", frame_bytes=frame_size(sizes), edge=whole, quality=quality)
+    yield replace(plain, name=f"{name} device-only", sent="nothing", device=whole)
+    for cut, (channels, stride, bits) in itertools.product(cut_points(backbone, EXAMPLE)[1:-1], CODES):
+        try:
+            network = build_split(backbone, EXAMPLE, cut.name, CodecSpec("uniform", channels, stride, bits)).eval()
+        except ModelError:
+            continue
+        if len(cut.shape) != 3 or isinstance(network.codec, ChannelCodec):
+            continue
+        half = network.device_half()
+        symbols = outputs(half, torch.from_numpy(images))
+        tables = coder.build_tables(symbols.numpy(), bits)
+        yield Way(
+            f"{name} {cut.name} {channels}ch /{stride} {bits}bit",
+            0.0,
+            frame_size([len(coder.encode(code, tables)) for code in symbols.numpy()]),
+            ours=True,
+            real_cut=True,
+            sent="symbols",
+            image_size=SIZE,
+            device=export_onnx(half, EXAMPLE, input_name="image", output_name="symbols"),
+            edge=export_onnx(network.edge_half(), symbols[:2], input_name="symbols", output_name="logits"),
+            tables=tables,
+            shape=network.codec.code_shape,
+        )
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """What every split asks of device and link, a panel for each backbone; edge-only and device-only as lines."""
+    drawn = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, name in zip(drawn.subplots(1, len(BACKBONES)), BACKBONES, strict=True):
+        mine = [row for row in rows if row["backbone"] == name]
+        for code in sorted({row["code"] for row in mine if row["code"]}):
+            points = [(row["ms"]["device_ms"] + row["ms"]["encode_ms"], row["frame_bytes"]) for row in mine if row["code"] == code]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=code)
+        for row in mine:
+            if not row["code"] and row["frame_bytes"]:
+                axes.axhline(row["frame_bytes"], color="0.5", linestyle=":", linewidth=1)
+                axes.annotate(row["name"].removeprefix(f"{name} "), (axes.get_xlim()[1], row["frame_bytes"]), ha="right", va="bottom", fontsize="x-small")
+            elif not row["code"]:
+                axes.axvline(row["ms"]["device_ms"], color="0.5", linestyle="--", linewidth=1, label="device-only")
+        axes.set_yscale("log")
+        axes.set_xlabel("device, ms per image (one core of this machine)")
+        axes.set_ylabel("frame bytes")
+        axes.set_title(f"{name}, 224 px: latency only", fontsize="medium")
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
+    return drawn
+
+
+if __name__ == "__main__":
+    images = crops()
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {}
+    for name in BACKBONES:
+        every = list(ways(name, images))
+        times = {way: medians(parts) for way, parts in time_parts(every, images[:4], ROUNDS).items()}
+        for way in every:
+            code = " ".join(way.name.split()[2:]) if way.real_cut else ""
+            rows.append({"backbone": name, "name": way.name, "code": code, "frame_bytes": way.frame_bytes, "ms": times[way.name]})
+        for slowdown in SLOWDOWNS:
+            best = (0.0, "")
+            for rate in RATES_MBPS:
+                link = Link(rate, RTT_MS)
+                total = {way.name: total_ms(way, times[way.name], slowdown, link, CLASSES) for way in every}
+                split = min((way.name for way in every if way.real_cut), key=total.__getitem__)
+                other = min((way.name for way in every if not way.real_cut), key=total.__getitem__)
+                best = max(best, (total[other] / total[split], f"{split} against {other} at {rate:.3g} Mbit/s, {RTT_MS:g} ms"))
+            how = f"largest over {len(RATES_MBPS)} link rates of best baseline over best split, latency only, accuracy unknown: {best[1]}"
+            figures[f"best_speedup.{name}.x{slowdown:g}"] = figure(best[0], "ratio", how, n=len(images))
+            print(name, slowdown, best, flush=True)
+    print(write(NAME, dataset={"name": "crops of scikit-learn's sample photographs"}, seeds=[0], figures=figures, raw={"rows": rows}))
