@@ -12,6 +12,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import RESULTS, ROOT
+from benchmarks.three_step import CUTS
+from benchmarks.three_step_pictures import against_macs, fronts, over_links, over_noise
 from pipeline.files import atomic_path, atomic_write_text
 from pipeline.plots import latency_against_rate, latency_breakdown
 from pipeline.report import heading
@@ -19,13 +21,52 @@ from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.figure import pareto_figure
 from pipeline.search.pareto import Limits, Trial
 
-BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20"}
+BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20", "three-step": "three_step"}
 WORDS = ("cut", "codec", "precision")  # columns of trials.csv that are no JSON
 WAYS = ("split", "device_only", "edge_only")
 
 
-def table(results: dict[str, Any]) -> str:
+def table(name: str, results: dict[str, Any]) -> str:
     """The Markdown table of one results file."""
+    return three_step_table(results) if name == "three_step" else pipeline_table(results)
+
+
+def three_step_table(results: dict[str, Any]) -> str:
+    """What each codec and image format costs at most one point below the reference, a column for each cut."""
+    figures, raw = results["figures"], results["raw"]
+    cuts = CUTS["resnet20"]
+
+    def cell(value: float | None, form: str = ".0f") -> str:
+        return "-" if value is None else f"{value:{form}}"
+
+    rows = [
+        ("payload bits, ours", [cell(figures[f"bits_at_1pt.resnet20.{where}"]["value"]) for where in cuts]),
+        ("frame bytes, ours", [cell(figures[f"frame_bytes_at_1pt.resnet20.{where}"]["value"], ".1f") for where in cuts]),
+        ("over BottleNet++, uncoded", [cell(figures[f"bits_over_bottlenetpp.{where}"]["value"], ".3f") for where in cuts]),
+        ("over BottleNet++, entropy-coded", [cell(figures[f"bits_over_bottlenetpp_coded.{where}"]["value"], ".3f") for where in cuts]),
+        ("over WebP edge-only, plain or trained on it", [cell(figures[f"bits_over_webp.{where}"]["value"], ".3f") for where in cuts]),
+        ("ResNet-56: payload bits, ours", [cell(figures[f"bits_at_1pt.resnet56.{where}"]["value"]) for where in cuts]),
+    ]
+    best = raw["references"].get("resnet20")
+    reference = f" Its reference classifies {100 * best['test']:.2f} % of the test images." if best else ""
+    machine = results["machine"]
+    return "\n".join(
+        [
+            f"{results['dataset']['name']}, ResNet-20 cut after each of its stages; the cheapest configuration at most 1 point below the unsplit network on "
+            f"validation, sizes and accuracy on test.{reference} A dash: not run yet, or it lost more than 1.25 points on test.",
+            "",
+            f"| at most 1 point below | {' | '.join(f'{where} ({cut})' for where, cut in cuts.items())} |",
+            f"|---|{'---:|' * len(cuts)}",
+            *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
+            "",
+            f"{len(raw['points'])} points so far, on {machine['cores']} cores of {machine['cpu']} (commit {results['commit'][:8]}, {results['date']}, "
+            f"seed {', '.join(map(str, results['seeds']))}).",
+        ]
+    )
+
+
+def pipeline_table(results: dict[str, Any]) -> str:
+    """Of one run of the pipeline."""
     metrics, latency = results["raw"]["metrics"], results["raw"]["timing"]["latency_ms"]
     ways = [way for way in WAYS if way in metrics]
     link = metrics["link"]
@@ -71,6 +112,20 @@ def _trial(row: dict[str, str]) -> Trial:
 
 def pictures(name: str, results: dict[str, Any]) -> dict[str, Any]:
     """File name -> figure."""
+    return three_step_pictures(results) if name == "three_step" else pipeline_pictures(name, results)
+
+
+def three_step_pictures(results: dict[str, Any]) -> dict[str, Any]:
+    raw = results["raw"]
+    found = {"three_step-fronts.png": fronts(raw, "resnet20", CUTS["resnet20"]), "three_step-macs.png": against_macs(raw)}
+    if any(row["point"].get("codec", {}).get("kind", "").startswith("jscc") for row in raw["points"].values()):
+        found["three_step-noise.png"] = over_noise(raw)
+    if "end_to_end" in raw:
+        found["three_step-latency.png"] = over_links(raw["end_to_end"])
+    return found
+
+
+def pipeline_pictures(name: str, results: dict[str, Any]) -> dict[str, Any]:
     raw = results["raw"]
     metrics, measured = raw["metrics"], raw["timing"]["latency_ms"]
     ways = [way for way in WAYS if way in measured]
@@ -95,8 +150,8 @@ def readme(text: str) -> str:
         if not path.exists():
             continue
         results = json.loads(path.read_text())
-        images = " ".join(f"![{kind}](results/{name}-{kind}.png)" for kind in ("search", "latency", "rate"))
-        body = f"{table(results)}\n\n{images}"
+        images = " ".join(f"![{file.removeprefix(f'{name}-').removesuffix('.png')}](results/{file})" for file in pictures(name, results))
+        body = f"{table(name, results)}\n\n{images}"
         text = re.sub(rf"(<!-- results:{block} -->\n).*?(<!-- /results -->)", lambda found: f"{found[1]}{body}\n{found[2]}", text, flags=re.S)  # noqa: B023
     return text
 

@@ -63,7 +63,8 @@ def against_macs(raw: Raw) -> Figure:
     axes.set_ylabel("top-1 on validation")
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", ncols=2)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="small", ncols=2)
     return figure
 
 
@@ -91,6 +92,29 @@ def over_noise(raw: Raw) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def over_links(found: Raw) -> Figure:
+    """Latency against link rate: the way that the search picks and the best baseline, a panel for each device and round trip; shaded where a real cut wins."""
+    slowdowns = sorted({place["slowdown"] for place in found["grid"]})
+    rtts = sorted({place["rtt_ms"] for place in found["grid"]})
+    figure = Figure(figsize=(4 * len(slowdowns), 3 * len(rtts)), layout="constrained")
+    for row, rtt in zip(figure.subplots(len(rtts), len(slowdowns), sharex=True, squeeze=False), rtts, strict=True):
+        for axes, slowdown in zip(row, slowdowns, strict=True):
+            places = [place for place in found["grid"] if (place["slowdown"], place["rtt_ms"]) == (slowdown, rtt)]
+            rates = [place["rate_mbps"] for place in places]
+            axes.loglog(rates, [place["baseline_ms"] for place in places], color="#D55E00", label="best baseline")
+            axes.loglog(rates, [place["pick_ms"] for place in places], color="#0072B2", linestyle="--", label="picked")
+            wins = [place["real_cut"] and place["ratio"] < 1 for place in places]
+            axes.fill_between(rates, 0, 1, where=wins, step="mid", color="#0072B2", alpha=0.12, transform=axes.get_xaxis_transform(), label="a real cut wins")
+            axes.set_title(f"device {slowdown:g}x slower, round trip {rtt:g} ms", fontsize="small")
+            axes.grid(which="major", color="0.9")
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("latency per image, ms")
+    for axes in figure.axes[-len(slowdowns) :]:
+        axes.set_xlabel("link rate, Mbit/s")
+    figure.axes[0].legend(frameon=False, fontsize="small")
     return figure
 
 
