@@ -46,7 +46,7 @@ from pipeline.split_distilling import SplitDistiller
 from pipeline.training import DataModule, fit, weights_bytes
 
 STATE = Path(".coinfer/three-step")
-RECIPE = 2  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
+RECIPE = 3  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
 COSTS = tuple(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c"))
 THREADS = 2
 TABLE_IMAGES = 10_000
