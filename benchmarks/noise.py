@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from models.channels import awgn
-from models.codec import SymbolCodec
 from models.coinference import CoInference
 from models.jscc import AwgnCodec, ChannelCodec
 from pipeline.data import Split
@@ -54,18 +53,6 @@ def over_noise(network: CoInference, split: Split) -> dict[str, Any]:
 
             found[f"pam {bits}"][name] = _accuracy(features, split[1], quantised)
     return found
-
-
-def symbols_over_noise(network: CoInference, split: Split) -> dict[str, float]:
-    """Accuracy at every AWGN level of a `network` trained for clean symbols, sent uncoded as PAM."""
-    codec = network.codec
-    assert isinstance(codec, SymbolCodec)
-    features = outputs(network.head, split[0])
-
-    def at(noise: float) -> Callable[[Tensor], Tensor]:
-        return lambda part: network.tail(codec.decode(pam(codec.encode(part), codec.spec.bits, noise)))
-
-    return {f"{level:g}": _accuracy(features, split[1], at(sigma(level))) for level in DECIBELS}
 
 
 def pam(u: Tensor, bits: int, noise: float) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.noise import over_noise
 from models.backbones import build_backbone
 from models.channel_plan import ChannelPlan, Silence, rebuild
-from models.codec import CodecSpec, RateCodec, SymbolCodec, context_count
+from models.codec import CodecSpec, MultiRateCodec, RateCodec, SymbolCodec, context_count
 from models.coinference import CoInference, build_split
 from models.cutting import count_macs, cut_points
 from models.jscc import ChannelCodec
@@ -104,7 +104,23 @@ class Point:
         if isinstance(network.codec, ChannelCodec):
             found = over_noise(network, split)
             return {"accuracy": max(found[next(iter(found))].values()), "channel_uses": network.codec.channel_uses, **found}
+        if isinstance(network.codec, MultiRateCodec):
+            return _judged_at_every_point(network, network.codec, split)
         return {"accuracy": accuracy(network, split), **cost(network, split[0])}
+
+
+def _judged_at_every_point(network: CoInference, codec: MultiRateCodec, split: Split) -> dict[str, Any]:
+    """The operating points, and as the row's own figures those of the first."""
+    half, found = network.device_half(), []
+    known, symbols = _symbols(half, load_split("train")[0][:TABLE_IMAGES]), _symbols(half, split[0])
+    for number, point in enumerate(codec.spec.points):
+        codec.point = number
+        tables = coder.build_embedded_tables(known, *point)
+        bits = [8 * (1 + len(coder.encode(code, tables))) for code in symbols]  # a byte says which point
+        frames = [count // 8 + OVERHEAD_BYTES for count in bits]
+        found.append({"accuracy": accuracy(network, split), "payload_bits": size(bits), "frame_bytes": size(frames)})
+    codec.point = 0
+    return {**found[0], "points": found}
 
 
 def backbone_of(point: Point) -> nn.Module:

@@ -13,8 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +24,7 @@ from benchmarks.end_to_end import RATES_MBPS, SLOWDOWNS, Way, as_raw, grid, medi
 from benchmarks.image_points import FORMATS, QUALITIES, ImagePoint
 from benchmarks.results_file import RESULTS, ROOT, figure, write
 from benchmarks.split_points import Point, costs_key, reference, reference_key
-from benchmarks.three_step_ways import device_only, of_image, of_split, raw_features
+from benchmarks.three_step_ways import device_only, in_int8, of_image, of_split, raw_features, stream_cost
 from models.backbones import build_backbone
 from models.codec import CodecSpec
 from pipeline.costs.link import Link
@@ -37,6 +38,7 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
+DROPPED, PRUNING = 0.55, 3  # share of the head's MACs that go at least, so that with the encoder half are left; epochs in which they go
 FIRST, FURTHER, CODEC_ALONE = 4, 2, 1  # epochs of a chain's first point, of each after it, and of the codec alone before the first
 EPOCHS = FIRST + FURTHER  # of the reference
 RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1e-3, 2.5e-3), "last": (1e-3, 4e-3, 1e-2)}
@@ -45,10 +47,13 @@ SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `un
     "middle": ((16, 4, 4), ((24, 4, 3), (16, 4, 2), (12, 4, 2))),
     "last": ((16, 4, 3), ((12, 4, 2), (8, 4, 2), (8, 4, 1))),
 }
+PAM_BELOW_DB = 15
+MORE_LOST = 0.5  # points that a pruned half may lose beyond the unpruned one
 LOSS = 0.010  # of accuracy, on validation
 TEST_LOSS = 0.0125  # what a point may lose on test before its figure is null
 TOLERANCE = 1e-9  # accuracies are floats
 TIMED_IMAGES, ROUNDS = 20, 4
+STREAM_IMAGES = 256
 CHECKED = 2  # places a slowdown where splitting wins most, to be measured through the link
 
 Raw = dict[str, Any]
@@ -66,11 +71,16 @@ def chains() -> Iterator[Sequence[Any]]:
         yield _chain("resnet20", small[where], [CodecSpec("bottlenet++", width, SIZES[where][0][1], 8) for width in (8, 4, 2)])
     for where in ("middle", "last", "first"):
         yield _chain("resnet20", small[where], [CodecSpec("uniform", *size) for size in SIZES[where][1]])
+    yield _chain("resnet20", small["last"], [CodecSpec("jscc-awgn", 16, 4, 8, noise=(0.0562, 1.0))])
+    for where in ("first", "middle", "last"):
+        first = _chain("resnet56", large[where], [CodecSpec("rate", *SIZES[where][0], rate_weight=RATES[where][0])])
+        yield [*first, replace(first[-1], before=first[-1], epochs=FURTHER, codec_epochs=0, share=DROPPED, prune_epochs=PRUNING)]
     yield _images("jpeg", (30, 20))
-    for where in ("middle", "last", "first"):
-        yield _chain("resnet20", small[where], [CodecSpec("codebook", *SIZES[where][1][1])])
-    for where in ("middle", "last", "first"):
-        yield _chain("resnet56", large[where], [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
+    yield _chain("resnet20", small["last"], [CodecSpec("codebook", *SIZES["last"][1][0])])
+    yield _chain("resnet20", small["middle"], [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
+    yield _chain("resnet20", small["last"], [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
+    yield _chain("resnet20", small["last"], [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
+    yield _chain("resnet20", small["first"], [CodecSpec("public-code", 4, 1, 4)])
 
 
 def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
@@ -114,10 +124,24 @@ def figures_of(raw: Raw) -> dict[str, Any]:
                 found[f"bits_over_bottlenetpp_coded.{where}"] = _ratio(point, _cheapest(others, best), best, "payload_bits")
                 found[f"bits_over_webp.{where}"] = _ratio(point, _cheapest(images, best), best, "payload_bits")
     best = raw["references"].get("resnet20")
+    found |= noise_figures(splits) | pruning_figures(raw)
     if "end_to_end" in raw:
         found |= end_to_end_figures(raw["end_to_end"])
     found["webp_bits_at_1pt"] = _bits(_cheapest(images, best), best, "payload_bits", "mean bits without container of the cheapest WebP at most 1 point below")
     return found
+
+
+def noise_figures(rows: list[Raw]) -> dict[str, Any]:
+    """By how much analogue symbols beat the best PAM of the same network, at the level under 15 dB where that is least."""
+    row = next((row for row in rows if row["point"]["codec"]["kind"] == "jscc-awgn"), None)
+    if row is None:
+        return {"jscc_minus_pam_points_min": figure(None, "points", "not run yet")}
+    found = row.get("test", row["validation"])
+    most = {level: max(levels[level] for name, levels in found.items() if name.startswith("pam ")) for level in found["analogue"]}
+    margins = {level: 100 * (found["analogue"][level] - most[level]) for level in most if float(level) < PAM_BELOW_DB}
+    worst = min(margins, key=lambda level: margins[level])
+    how = f"at {worst} dB, {found['channel_uses']} channel uses, against the best of 1 to 4 bit PAM there, on {'test' if 'test' in row else 'validation'}"
+    return {"jscc_minus_pam_points_min": figure(margins[worst], "points", how, n=len(margins))}
 
 
 def _near(row: Any, best: Any, data: str = "validation", loss: float = LOSS) -> bool:
@@ -176,6 +200,8 @@ def run_end_to_end(raw: Raw) -> Raw:
             point = points[name]
             build = of_image if isinstance(point, ImagePoint) else of_split
             ways.append(build(point, found["accuracy"], found["frame_bytes"]["mean"]))
+            if ways[-1].ours:
+                ways.append(in_int8(ways[-1], train, validation))
     network = build_backbone("resnet20", load_card().num_classes, 32, Path(WEIGHTS["resnet20"])).eval()
     ways.append(device_only(network, "resnet20 device-only", accuracy(network, validation), ours=False))
     ways.extend(raw_features("resnet20", WEIGHTS["resnet20"], train, validation))
@@ -197,7 +223,51 @@ def run_end_to_end(raw: Raw) -> Raw:
             row = {"slowdown": slowdown, "rate_mbps": place.rate_mbps, "rtt_ms": place.rtt_ms, "pick": place.pick, "baseline": place.baseline}
             checked.append(row | {"ms": {name: [round(ms, 3) for ms in values] for name, values in times.items()}})
     facts = [{"name": way.name, "accuracy": way.accuracy, "frame_bytes": way.frame_bytes, "ours": way.ours, "real_cut": way.real_cut} for way in ways]
-    return {"ways": facts, "predicted": predicted, "measured": measured, "grid": as_raw(places), "through_link": checked}
+    pairs = {where: _pruned_pair(raw, points, cut) for where, cut in CUTS["resnet56"].items()}
+    halves = {where: time_parts([way for _, way in pair], images[:TIMED_IMAGES], ROUNDS) for where, pair in pairs.items() if pair}
+    pruned = {where: {name: parts["device_ms"] for name, parts in times.items()} for where, times in halves.items()}
+    streams = [{"way": way.name, **stream_cost(way, validation[0][:STREAM_IMAGES])} for way in ways if way.ours]
+    return {"ways": facts, "coder": streams, "predicted": predicted, "measured": measured, "grid": as_raw(places), "through_link": checked, "pruned": pruned}
+
+
+def _pruned_pair(raw: Raw, points: dict[str, Any], cut: str) -> list[tuple[Raw, Way]]:
+    """The unpruned and the pruned split of ResNet-56 at `cut`, if both are trained."""
+    rows = [row for name, row in raw["points"].items() if name in points and row["point"]["backbone"] == "resnet56" and row["point"].get("cut") == cut]
+    pruned = next((row for row in rows if row["point"]["prune_epochs"]), None)
+    whole = next((row for row in rows if pruned and row["key"] == pruned["point"]["before"]), None)
+    if pruned is None or whole is None:
+        return []
+    named = {row["key"]: points[name] for name, row in raw["points"].items() if name in points}
+    return [(row, of_split(named[row["key"]], row["validation"]["accuracy"], row["validation"]["frame_bytes"]["mean"])) for row in (whole, pruned)]
+
+
+def pruning_figures(raw: Raw) -> dict[str, Any]:
+    """MACs and speed of ResNet-56's pruned device halves, where they lose at most half a point more than the unpruned ones."""
+    found: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    lost: dict[str, float] = {}
+    rows = [row for row in raw["points"].values() if row["point"].get("prune_epochs")]
+    for where, cut in CUTS["resnet56"].items():
+        pruned = next((row for row in rows if row["point"]["cut"] == cut), None)
+        whole = next((row for row in raw["points"].values() if pruned and row["key"] == pruned["point"]["before"]), None)
+        times = raw.get("end_to_end", {}).get("pruned", {}).get(where)
+        found[f"device_speedup.{where}"] = figure(None, "ratio", "not run yet")
+        if pruned is None or whole is None:
+            continue
+        data = "test" if "test" in pruned and "test" in whole else "validation"
+        lost[where] = 100 * (whole[data]["accuracy"] - pruned[data]["accuracy"])
+        ratios[where] = (pruned["head_macs"] + pruned["encoder_macs"]) / (whole["head_macs"] + whole["encoder_macs"])
+        if times:
+            before, after = times.values()
+            how = f"median of the unpruned ResNet-56 half over that of the pruned one, encoder included; {lost[where]:.2f} points more lost on {data}"
+            found[f"device_speedup.{where}"] = figure(median(before) / median(after), "ratio", how, n=len(after))
+    if set(ratios) == set(CUTS["resnet56"]):
+        worst = max(ratios, key=lambda where: ratios[where])
+        how = f"pruned over unpruned ResNet-56 half with encoder, the worst of three cuts ({worst}); at most {max(lost.values()):.2f} points more lost"
+        found["device_macs_ratio"] = figure(ratios[worst] if max(lost.values()) <= MORE_LOST else None, "ratio", how, n=len(ratios))
+    else:
+        found["device_macs_ratio"] = figure(None, "ratio", "not run yet")
+    return found
 
 
 def end_to_end_figures(found: Raw) -> dict[str, Any]:
@@ -205,6 +275,16 @@ def end_to_end_figures(found: Raw) -> dict[str, Any]:
     worst = max(found["grid"], key=lambda place: place["ratio"])
     at = "{pick} against {baseline} at slowdown {slowdown:g}, {rtt_ms:g} ms, {rate_mbps:.3g} Mbit/s"
     figures = {"end_to_end_worst_ratio": figure(worst["ratio"], "ratio", at.format(**worst), n=len(found["grid"]))}
+    accuracies = {way["name"]: way["accuracy"] for way in found["ways"]}
+    pairs = [(name, f"{name}, int8") for name in accuracies if f"{name}, int8" in accuracies]
+    if pairs:
+        speedups = [found["measured"][whole]["device_ms"] / found["measured"][int8]["device_ms"] for whole, int8 in pairs]
+        lost = [100 * (accuracies[whole] - accuracies[int8]) for whole, int8 in pairs]
+        how = "of {} device halves, int8 against float32, one ONNX Runtime thread"
+        figures["int8_speedup"] = figure(median(speedups), "ratio", f"median {how.format(len(pairs))}", n=len(pairs), spread=(min(speedups), max(speedups)))
+        figures["int8_points_lost"] = figure(
+            median(lost), "points", f"on validation, median {how.format(len(pairs))}", n=len(pairs), spread=(min(lost), max(lost))
+        )
     for slowdown in SLOWDOWNS:
         real = [place for place in found["grid"] if place["slowdown"] == slowdown and place["real_cut"]]
         name = f"end_to_end_best_speedup.x{slowdown:g}"

@@ -24,6 +24,7 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
     for axes, (where, cut) in zip(panels, cuts.items(), strict=True):
         for kind, colour in COLOURS.items():
             rows = [row for row in _splits(raw, backbone) if row["point"]["cut"] == cut and row["point"]["codec"]["kind"] == kind]
+            rows = [{"validation": found} for row in rows for found in row["validation"].get("points", [row["validation"]])]
             _line(axes, _places(rows, "payload_bits"), color=colour, marker="o", label=kind)
             if kind == "bottlenet++":
                 _line(axes, _places(rows, "uncoded_bits"), color=colour, marker="x", linestyle="--", label=f"{kind}, uncoded")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from benchmarks import image_points
 from benchmarks.end_to_end import Way, frame_size
 from benchmarks.image_points import ImagePoint
-from benchmarks.split_points import Point, cost, tables_of, trained
+from benchmarks.split_points import TABLE_IMAGES, Point, cost, tables_of, trained
 from models.backbones import build_backbone
 from models.baseline_codecs import RawByteCodec
 from models.codec import CodecSpec
@@ -20,15 +23,59 @@ from models.cutting import cut_points, split
 from pipeline.data import Split, load_card
 from pipeline.inference import accuracy, outputs
 from pipeline.onnx_export import export_onnx
+from pipeline.quantising import quantise
+from pipeline.runtime import coder
+from pipeline.runtime.bundle import open_session
+from pipeline.runtime.preprocess import Preprocessing
 
 OURS = ("uniform", "codebook", "rate", "multi-rate")
-CALIBRATION_IMAGES = 1_000
+CALIBRATION_IMAGES = 1_000  # of raw 8-bit features
+INT8_IMAGES = 256
+BATCH = 250
+STREAM_SYMBOLS = 4_096
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 
 
 def of_split(point: Point, accuracy: float, frame_bytes: float) -> Way:
     """A trained split, which must have symbols."""
     return _with_symbols(trained(point), point.name, accuracy, frame_bytes, ours=point.codec.kind in OURS)
+
+
+def in_int8(way: Way, train: Split, validation: Split) -> Way:
+    """`way`, which sends symbols, with its device half in int8; accuracy and size are its own."""
+    assert way.device is not None
+    assert way.edge is not None
+    preprocessing = Preprocessing(way.image_size)
+    device = quantise(way.device, (preprocessing.tensor(image.numpy()) for image in torch.split(train[0][:INT8_IMAGES], 1)))
+    device_session, edge_session = open_session(device, 2), open_session(way.edge, 2)
+
+    def symbols_of(images: Tensor) -> NDArray[np.uint8]:
+        parts = (preprocessing.tensor(part.numpy()) for part in torch.split(images, BATCH))
+        return np.concatenate([device_session.run(None, {device_session.get_inputs()[0].name: part})[0] for part in parts])
+
+    assert way.tables is not None
+    tables = coder.build_tables(symbols_of(train[0][:TABLE_IMAGES]), way.tables.bits, way.tables.contexts)
+    symbols = symbols_of(validation[0])
+    logits = edge_session.run(None, {edge_session.get_inputs()[0].name: symbols})[0]
+    right = float((logits.argmax(1) == validation[1].numpy()).mean())
+    sizes = [len(coder.encode(code, tables)) for code in symbols]
+    return replace(way, name=f"{way.name}, int8", accuracy=right, frame_bytes=frame_size(sizes), device=device, tables=tables)
+
+
+def stream_cost(way: Way, images: Tensor) -> dict[str, float]:
+    """Bits and cross-entropy of the symbols of `images`, in streams of STREAM_SYMBOLS or more: the coder's overhead without what ending a stream costs."""
+    assert way.device is not None
+    assert way.tables is not None
+    session, (channels, height, width) = open_session(way.device, 2), way.shape
+    symbols = session.run(None, {session.get_inputs()[0].name: Preprocessing(way.image_size).tensor(images.numpy())})[0]
+    together = -(-STREAM_SYMBOLS // (channels * height * width))
+    count = len(symbols) // together * together
+    streams = symbols[:count].reshape(-1, together, channels, height, width).transpose(0, 2, 1, 3, 4).reshape(-1, channels, together * height, width)
+    streams = np.ascontiguousarray(streams)
+    return {
+        "bits": float(sum(8 * len(coder.encode(stream, way.tables)) for stream in streams)),
+        "cross_entropy_bits": float(sum(coder.entropy_bits(stream, way.tables) for stream in streams)),
+    }
 
 
 def of_image(point: ImagePoint, accuracy: float, frame_bytes: float) -> Way:
