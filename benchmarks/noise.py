@@ -27,7 +27,7 @@ def sigma(decibels: float) -> float:
 
 
 def over_noise(network: CoInference, split: Split) -> dict[str, Any]:
-    """Accuracy of a jscc `network` at every noise level of its channel, by the level's name; for AWGN as PAM of 1 to 4 bits beside it."""
+    """Accuracy of a jscc `network` at the least noisy level, and at every level of its channel by the level's name; for AWGN as PAM of 1 to 4 bits too."""
     codec = network.codec
     assert isinstance(codec, ChannelCodec)
     features = outputs(network.head, split[0])
@@ -52,7 +52,8 @@ def over_noise(network: CoInference, split: Split) -> dict[str, Any]:
                 return logits
 
             found[f"pam {bits}"][name] = _accuracy(features, split[1], quantised)
-    return found
+    clean = max(DECIBELS) if analogue else min(PROBABILITIES)
+    return {"accuracy": found["analogue" if analogue else "bits"][f"{clean:g}"], **found}
 
 
 def pam(u: Tensor, bits: int, noise: float) -> Tensor:

@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from benchmarks.frozen_head import COPIES, FeatureData, TailLesson
 from benchmarks.noise import over_noise
 from models.backbones import build_backbone
 from models.channel_plan import ChannelPlan, Silence, rebuild
-from models.codec import CodecSpec, MultiRateCodec, RateCodec, SymbolCodec, context_count
+from models.codec import CodecSpec, MultiRateCodec, SymbolCodec
 from models.coinference import CoInference, build_split
 from models.cutting import count_macs, cut_points
+from models.cutting import split as split_at
 from models.jscc import ChannelCodec
 from models.pruning import Pruner
 from pipeline.data import Split, View, load_card, load_split
@@ -37,25 +39,29 @@ from pipeline.errors import ModelError
 from pipeline.files import atomic_write_bytes, atomic_write_text
 from pipeline.fingerprint import fingerprint
 from pipeline.inference import accuracy, outputs, recalibrated
-from pipeline.networks import layers_up_to
+from pipeline.networks import coder_tables, layers_up_to
 from pipeline.params import Finetune
 from pipeline.runtime import coder
 from pipeline.runtime.frame import OVERHEAD_BYTES
 from pipeline.soft_pruning import SoftPruning
 from pipeline.split_distilling import SplitDistiller
-from pipeline.training import DataModule, fit, weights_bytes
+from pipeline.training import Classifier, DataModule, fit, weights_bytes
 
 STATE = Path(".coinfer/three-step")
-RECIPE = 3  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
-COSTS = tuple(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c"))
+RECIPE = 4  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
+COSTS = (
+    *(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c", "frame.py", "images.py")),
+    "pipeline/data.py",
+    "models/channels.py",
+)
 THREADS = 2
 TABLE_IMAGES = 10_000
 SETTINGS = Finetune(
     epochs=1, batch_size=128, learning_rate=0.03, weight_decay=5e-4, ema_decay=0.998, distill_logits=4.0, distill_feature=0.0, flip=True, crop_padding=4
 )
+FROZEN = SETTINGS.model_copy(update={"learning_rate": 0.05, "distill_feature": 0.2})  # behind a frozen head
 PRUNE_ROUNDS = 3
 STATISTICS_IMAGES, CHOICE_IMAGES = 1_024, 1_000
-CODEC_ALONE = {"learning_rate": 0.1, "distill_feature": 0.5}  # while head and tail are frozen
 TEACHERS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
 
 
@@ -63,15 +69,16 @@ TEACHERS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "w
 class Point:
     """What is trained: `weights` (a safetensors file) of `backbone`, split at `cut`, with `codec`, on from `before` if there is one.
 
-    With `prune_epochs` residual blocks that compute at least `share` of the head's MACs are dropped, softly, before the rest.
+    First codec and tail behind the frozen head for `frozen_epochs`; then, for `prune_epochs`, all, while residual blocks that compute at least `share` of
+    the head's MACs are silenced and in the end dropped; then all for `epochs`.
     """
 
     backbone: str
     weights: str
     cut: str
     codec: CodecSpec
+    frozen_epochs: int
     epochs: int
-    codec_epochs: int = 0
     seed: int = 0
     before: Point | None = None
     share: float = 0.0
@@ -87,8 +94,6 @@ class Point:
     def key(self) -> str:
         """Names everything its weights depend on."""
         fields = asdict(self) | {"before": self.before.key() if self.before else None, "weights": digest(Path(self.weights))}
-        if not self.prune_epochs:
-            del fields["share"], fields["prune_epochs"]
         return named(fields, recipe())
 
     def facts(self) -> dict[str, Any]:
@@ -103,7 +108,7 @@ class Point:
         network = trained(self)
         if isinstance(network.codec, ChannelCodec):
             found = over_noise(network, split)
-            return {"accuracy": max(found[next(iter(found))].values()), "channel_uses": network.codec.channel_uses, **found}
+            return {"channel_uses": network.codec.channel_uses, **found}
         if isinstance(network.codec, MultiRateCodec):
             return _judged_at_every_point(network, network.codec, split)
         return {"accuracy": accuracy(network, split), **cost(network, split[0])}
@@ -138,19 +143,29 @@ def trained(point: Point) -> CoInference:
     if not file.exists():
         if point.before is not None:
             _take_over(network, trained(point.before))
+        if point.frozen_epochs:
+            _train_behind(network, point)
         if point.prune_epochs:
             plan = _prune(network, backbone, point)
             network = CoInference(rebuild(network.head, plan), network.codec, network.tail)
             recalibrated(network.head, load_split("train")[0][:STATISTICS_IMAGES])
             atomic_write_text(plan_file, plan.to_json())
-        alone, frozen = SETTINGS.model_copy(update=CODEC_ALONE), (network.head, network.tail)
-        train(SplitDistiller(network, teacher(), alone, 0.0, frozen), f"{point.name}, codec", f"{point.key()}-codec", point.codec_epochs, point.seed)
         train(SplitDistiller(network, teacher(), SETTINGS, 0.0), point.name, f"{point.key()}-all", point.epochs, point.seed)
         atomic_write_bytes(file, weights_bytes(network))
     elif point.prune_epochs:
         network = CoInference(rebuild(network.head, ChannelPlan.from_json(plan_file.read_text())), network.codec, network.tail)
     network.load_state_dict(load_file(file))
     return network.eval()
+
+
+def _train_behind(network: CoInference, point: Point) -> None:
+    """Codec and tail of `network`, whose head must still be the backbone's: its features are kept for every point of that cut."""
+    backbone, train_split, validation = backbone_of(point), load_split("train"), load_split("validation")
+    head, _ = split_at(backbone, torch.zeros(1, 3, 32, 32), point.cut)
+    assert all(torch.equal(tensor, network.head.state_dict()[name]) for name, tensor in head.state_dict().items())
+    folder = STATE / f"features-{named(point.backbone, digest(Path(point.weights)), point.cut, load_card().sha256, SETTINGS.model_dump())}"
+    data = FeatureData(head.to(memory_format=torch.channels_last), teacher(), folder, train_split, validation, FROZEN, point.seed)
+    _fit(TailLesson(network, FROZEN), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
 
 
 def _prune(network: CoInference, backbone: nn.Module, point: Point) -> ChannelPlan:
@@ -195,7 +210,14 @@ def reference(backbone: str, weights: str, epochs: int) -> dict[str, Any]:
     train(Distiller(further, teacher(), SETTINGS, 0.0), f"{backbone}, reference", f"reference-{key}", epochs)
     found = {name: accuracy(network, validation) for name, network in (("as it came", start), ("further", further))}
     best = max(found, key=lambda name: found[name])
-    return {"key": key, "epochs": epochs, "better": best, "validation": found[best], "test": accuracy({"further": further}.get(best, start), test)}
+    chosen = further if best == "further" else start
+    atomic_write_bytes(reference_weights(backbone), weights_bytes(chosen))
+    return {"key": key, "epochs": epochs, "better": best, "validation": found[best], "test": accuracy(chosen, test)}
+
+
+def reference_weights(backbone: str) -> Path:
+    """Where the reference's weights lie, once `reference` has run."""
+    return STATE / f"reference-{backbone}.safetensors"
 
 
 def reference_key(backbone: str, weights: str, epochs: int) -> str:
@@ -204,7 +226,8 @@ def reference_key(backbone: str, weights: str, epochs: int) -> str:
 
 
 def recipe() -> list[Any]:
-    return [RECIPE, load_card().sha256, SETTINGS.model_dump(), CODEC_ALONE, {name: digest(Path(file)) for name, file in TEACHERS.items()}]
+    settings = [SETTINGS.model_dump(), FROZEN.model_dump(), PRUNE_ROUNDS, STATISTICS_IMAGES, CHOICE_IMAGES, COPIES]
+    return [RECIPE, load_card().sha256, settings, {name: digest(Path(file)) for name, file in TEACHERS.items()}]
 
 
 def named(*known: Any) -> str:
@@ -244,15 +267,18 @@ def teacher() -> Remembered:
 
 def train(lesson: Distiller, name: str, folder: str, epochs: int, seed: int = 0, view: View | None = None, callbacks: Sequence[Callback] = ()) -> None:
     """Train what `lesson` holds, in place; state lies in `folder`."""
-    settings = lesson.settings
+    _fit(lesson, DataModule(load_split("train"), load_split("validation"), lesson.settings, seed, view), name, folder, epochs, callbacks)
+
+
+def _fit(lesson: Classifier, data: DataModule, name: str, folder: str, epochs: int, callbacks: Sequence[Callback] = ()) -> None:
     fit(
         lesson,
-        DataModule(load_split("train"), load_split("validation"), settings, seed, view),
+        data,
         name=name,
         epochs=epochs,
         checkpoint_dir=STATE / folder,
         threads=THREADS,
-        precision=settings.precision,
+        precision=lesson.settings.precision,
         log=lambda row: print(time.strftime("%H:%M"), name, {key: round(value, 4) for key, value in row.items()}, flush=True),
         callbacks=callbacks,
     )
@@ -307,14 +333,13 @@ def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
 
 def tables_of(network: CoInference) -> coder.CodecTables:
     """The coder's tables of a split with symbols, from training images."""
-    codec = network.symbol_codec()
     symbols = _symbols(network.device_half(), load_split("train")[0][:TABLE_IMAGES])
-    return coder.build_tables(symbols, codec.spec.bits, context_count(codec.spec.bits) if isinstance(codec, RateCodec) else 1)
+    return coder_tables(symbols, network.symbol_codec().spec.bits)
 
 
 def costs_key() -> str:
     """Names the code that sizes are measured by: rows of another one are measured again, not trained again."""
-    return named(fingerprint(COSTS, "")["files"])
+    return named(fingerprint(COSTS, "")["files"], (Path(__file__).parent / "noise.py").read_text())
 
 
 def _symbols(half: nn.Module, images: Tensor) -> NDArray[np.uint8]:
@@ -328,4 +353,5 @@ def size(values: list[int]) -> dict[str, float]:
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Of a file; of one that is still to be made, a word."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "to be made"

@@ -7,13 +7,14 @@ the same parameters and code, are not trained again, and the file is written aft
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.end_to_end import RATES_MBPS, SLOWDOWNS, Way, as_raw, grid, medians, through_link, time_parts
 from benchmarks.image_points import FORMATS, QUALITIES, ImagePoint
 from benchmarks.results_file import RESULTS, ROOT, figure, write
-from benchmarks.split_points import Point, costs_key, reference, reference_key
+from benchmarks.split_points import Point, costs_key, reference, reference_key, reference_weights
 from benchmarks.three_step_ways import device_only, in_int8, of_image, of_split, raw_features, stream_cost
 from models.backbones import build_backbone
 from models.codec import CodecSpec
@@ -38,9 +39,11 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
-DROPPED, PRUNING = 0.55, 3  # share of the head's MACs that go at least, so that with the encoder half are left; epochs in which they go
-FIRST, FURTHER, CODEC_ALONE = 4, 2, 1  # epochs of a chain's first point, of each after it, and of the codec alone before the first
-EPOCHS = FIRST + FURTHER  # of the reference
+EPOCHS = {"first": (6, 4), "middle": (12, 3), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
+FURTHER = {"first": (0, 2), "middle": (0, 2), "last": (4, 0)}  # of each point after it
+LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
+DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
+IMAGES = (3, 2, 1, 1)  # epochs of the first image quality and of each after it
 RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1e-3, 2.5e-3), "last": (1e-3, 4e-3, 1e-2)}
 SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
     "first": ((16, 4, 4), ((16, 4, 3), (16, 4, 2), (8, 4, 2))),
@@ -49,6 +52,7 @@ SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `un
 }
 PAM_BELOW_DB = 15
 MORE_LOST = 0.5  # points that a pruned half may lose beyond the unpruned one
+CHAINS = ("last", "middle", "first")  # what is cheapest to train comes first
 LOSS = 0.010  # of accuracy, on validation
 TEST_LOSS = 0.0125  # what a point may lose on test before its figure is null
 TOLERANCE = 1e-9  # accuracies are floats
@@ -61,43 +65,52 @@ Raw = dict[str, Any]
 
 def chains() -> Iterator[Sequence[Any]]:
     """Chains of points, each point starting from the one before it; what matters most comes first."""
-    small, large = CUTS["resnet20"], CUTS["resnet56"]
+    large = CUTS["resnet56"]
     plain: list[tuple[Format, int]] = [("png", 100), ("webp", 100), *itertools.product(FORMATS, QUALITIES)]
-    yield [ImagePoint("resnet20", WEIGHTS["resnet20"], *sent) for sent in plain]
-    for where in ("middle", "last", "first"):
-        yield _chain("resnet20", small[where], [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
-    yield _images("webp", (50, 30, 20))
-    for where in ("middle", "last", "first"):
-        yield _chain("resnet20", small[where], [CodecSpec("bottlenet++", width, SIZES[where][0][1], 8) for width in (8, 4, 2)])
-    for where in ("middle", "last", "first"):
-        yield _chain("resnet20", small[where], [CodecSpec("uniform", *size) for size in SIZES[where][1]])
-    yield _chain("resnet20", small["last"], [CodecSpec("jscc-awgn", 16, 4, 8, noise=(0.0562, 1.0))])
-    for where in ("first", "middle", "last"):
-        first = _chain("resnet56", large[where], [CodecSpec("rate", *SIZES[where][0], rate_weight=RATES[where][0])])
-        yield [*first, replace(first[-1], before=first[-1], epochs=FURTHER, codec_epochs=0, share=DROPPED, prune_epochs=PRUNING)]
-    yield _images("jpeg", (30, 20))
-    yield _chain("resnet20", small["last"], [CodecSpec("codebook", *SIZES["last"][1][0])])
-    yield _chain("resnet20", small["middle"], [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
-    yield _chain("resnet20", small["last"], [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
-    yield _chain("resnet20", small["last"], [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
-    yield _chain("resnet20", small["first"], [CodecSpec("public-code", 4, 1, 4)])
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
+    yield [ImagePoint("resnet20", str(reference_weights("resnet20")), *sent) for sent in plain]
+    yield _images("webp", (50, 30, 20, 10))
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("bottlenet++", width, SIZES[where][0][1], 8) for width in (8, 4, 2, 1)])
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("uniform", *size) for size in SIZES[where][1]])
+    yield _chain("last", [CodecSpec("jscc-awgn", 16, 4, 8, noise=(0.0562, 1.0))])
+    for where in CHAINS:
+        frozen, together = LARGE[where]
+        codec = CodecSpec("rate", *SIZES[where][0], rate_weight=RATES[where][0])
+        point = Point("resnet56", WEIGHTS["resnet56"], large[where], codec, frozen, together)
+        yield [point]
+        yield [dataclasses.replace(point, epochs=together - PRUNING, share=DROPPED, prune_epochs=PRUNING)]
+    yield _images("jpeg", (30, 20, 10))
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("codebook", *SIZES[where][1][0])])
+    yield _chain("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
+    yield _chain("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
+    yield _chain("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("public-code", 4, 1, 4)])
 
 
 def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
     points: list[ImagePoint] = []
-    for quality in qualities:
-        before = points[-1] if points else None
-        points.append(ImagePoint("resnet20", WEIGHTS["resnet20"], image_format, quality, FURTHER if before else FIRST, before))
+    for quality, epochs in zip(qualities, IMAGES, strict=False):
+        points.append(ImagePoint("resnet20", WEIGHTS["resnet20"], image_format, quality, epochs, points[-1] if points else None))
     return points
 
 
-def _chain(backbone: str, cut: str, codecs: list[CodecSpec]) -> list[Point]:
+def _chain(where: str, codecs: list[CodecSpec]) -> list[Point]:
     points: list[Point] = []
     for codec in codecs:
-        first = not points
-        epochs, alone = (FIRST, CODEC_ALONE) if first else (FURTHER, 0)
-        points.append(Point(backbone, WEIGHTS[backbone], cut, codec, epochs, alone, before=None if first else points[-1]))
+        frozen, together = FURTHER[where] if points else EPOCHS[where]
+        points.append(Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], codec, frozen, together, before=points[-1] if points else None))
     return points
+
+
+def _longest(backbone: str) -> int:
+    """For how many epochs at most the backbone of a split, or the edge's of an image format, is trained on."""
+    sizes = {"resnet20": [EPOCHS, FURTHER, FURTHER, FURTHER], "resnet56": [LARGE]}[backbone]
+    return max([sum(each[where][1] for each in sizes) for where in CHAINS] + [sum(IMAGES)] * (backbone == "resnet20"))
 
 
 def figures_of(raw: Raw) -> dict[str, Any]:
@@ -196,15 +209,18 @@ def run_end_to_end(raw: Raw) -> Raw:
     ways: list[Way] = []
     for name, row in raw["points"].items():
         found = row["validation"]
+        if row["point"].get("codec", {}).get("kind") == "multi-rate":
+            continue
         if row["point"]["backbone"] == "resnet20" and "frame_bytes" in found and _near(row, best):
             point = points[name]
             build = of_image if isinstance(point, ImagePoint) else of_split
             ways.append(build(point, found["accuracy"], found["frame_bytes"]["mean"]))
-            if ways[-1].ours:
+            if ways[-1].sent == "symbols":
                 ways.append(in_int8(ways[-1], train, validation))
-    network = build_backbone("resnet20", load_card().num_classes, 32, Path(WEIGHTS["resnet20"])).eval()
+    weights = str(reference_weights("resnet20"))
+    network = build_backbone("resnet20", load_card().num_classes, 32, Path(weights)).eval()
     ways.append(device_only(network, "resnet20 device-only", accuracy(network, validation), ours=False))
-    ways.extend(raw_features("resnet20", WEIGHTS["resnet20"], train, validation))
+    ways.extend(raw_features("resnet20", weights, train, validation))
     images = validation[0].numpy()
     predicted, measured = (
         {name: medians(parts) for name, parts in time_parts(ways, images[start : start + TIMED_IMAGES], ROUNDS).items()} for start in (0, TIMED_IMAGES)
@@ -307,19 +323,27 @@ def main() -> None:
     raw: Raw = json.loads(file.read_text())["raw"] if file.exists() else {"points": {}, "references": {}}
 
     def save() -> None:
-        write(NAME, dataset={"name": "CIFAR-10 (JPEG)", "hash": load_card().sha256}, seeds=[0], figures=figures_of(raw), raw=raw)
+        figures = figures_of(raw | {"points": current(raw)})
+        write(NAME, dataset={"name": "CIFAR-10 (JPEG)", "hash": load_card().sha256}, seeds=[0], figures=figures, raw=raw)
 
     if arguments.time:
-        raw["end_to_end"] = run_end_to_end(raw)
+        raw["end_to_end"] = run_end_to_end(raw | {"points": current(raw)})
         save()
         return
 
     def in_time() -> bool:
         return (time.monotonic() - start) / 60 < arguments.minutes
 
+    def refer(backbone: str) -> None:
+        key = reference_key(backbone, WEIGHTS[backbone], _longest(backbone))
+        if in_time() and raw["references"].get(backbone, {}).get("key") != key:
+            raw["references"][backbone] = reference(backbone, WEIGHTS[backbone], _longest(backbone))
+            save()
+
     for point in (point for chain in chains() for point in chain if arguments.only in point.name):
-        known = raw["points"].get(point.name, {})
-        if (known.get("key"), known.get("costs")) == (point.key(), costs_key()):
+        if not Path(point.weights).exists():
+            refer(point.backbone)
+        if point.name in current(raw):
             continue
         if not in_time():
             break
@@ -328,15 +352,20 @@ def main() -> None:
         row = {"key": point.key(), "costs": costs_key(), "point": fields, **point.facts(), "validation": point.judged(load_split("validation"))}
         raw["points"][point.name] = row | {"seconds": round(time.perf_counter() - began, 1)}
         save()
-    for backbone, weights in WEIGHTS.items():
-        if arguments.only in backbone and in_time() and raw["references"].get(backbone, {}).get("key") != reference_key(backbone, weights, EPOCHS):
-            raw["references"][backbone] = reference(backbone, weights, EPOCHS)
-            save()
+    for backbone in WEIGHTS:
+        refer(backbone)
+    known = current(raw)
     for point in (point for chain in chains() for point in chain):
-        row, best = raw["points"].get(point.name), raw["references"].get(point.backbone)
+        row, best = known.get(point.name), raw["references"].get(point.backbone)
         if row and best and "test" not in row and _near(row, best):
             row["test"] = point.judged(load_split("test"))
     save()
+
+
+def current(raw: Raw) -> Raw:
+    """The rows of points that are still wanted and were trained and measured as they would be now."""
+    wanted = {point.name: point.key() for chain in chains() for point in chain}
+    return {name: row for name, row in raw["points"].items() if (row["key"], row["costs"]) == (wanted.get(name), costs_key())}
 
 
 if __name__ == "__main__":

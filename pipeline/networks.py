@@ -13,8 +13,10 @@ from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
 from models.cutting import CutPoint
 from models.pruning import Pruner
-from pipeline.runtime.coder import CodecTables, build_embedded_tables, build_tables, context_count
+from pipeline.runtime.coder import CodecTables, build_embedded_tables, build_tables, context_count, entropy_bits
 from pipeline.search.candidate import OUTPUT, Candidate
+
+HELD_BACK = 10
 
 
 def layers_up_to(cuts: Sequence[CutPoint], cut: str) -> dict[str, tuple[str, ...]]:
@@ -47,7 +49,16 @@ def tables_of(candidate: Candidate, symbols: NDArray[np.uint8]) -> tuple[CodecTa
     assert candidate.bits is not None
     if candidate.points:
         return tuple(build_embedded_tables(symbols, *point) for point in candidate.points)
-    return (build_tables(symbols, candidate.bits, context_count(candidate.bits) if candidate.codec == "rate" else 1),)
+    return (coder_tables(symbols, candidate.bits),)
+
+
+def coder_tables(symbols: NDArray[np.uint8], bits: int) -> CodecTables:
+    """Tables for `symbols` uint8 (N, h, H, W), with contexts if those shorten what was held back for that question, a tenth of the images."""
+    held_back = max(1, len(symbols) // HELD_BACK)
+    kept, probe = (symbols[:-held_back], symbols[-held_back:]) if len(symbols) > 1 else (symbols, symbols)
+    tried = [build_tables(kept, bits, contexts) for contexts in (context_count(bits), 1)]
+    best = min(tried, key=lambda tables: sum(entropy_bits(code, tables) for code in probe))
+    return build_tables(symbols, bits, best.contexts)
 
 
 def split_network(backbone: nn.Module, example: Tensor, candidate: Candidate, plan: ChannelPlan | None = None, commitment: float = 0.0) -> CoInference:
