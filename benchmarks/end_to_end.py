@@ -151,7 +151,7 @@ def total_ms(way: Way, parts: Mapping[str, float], slowdown: float, link: Link, 
 
 @dataclass(frozen=True)
 class Place:
-    """A grid point: which way was picked by prediction, the best baseline by measurement, and what both take."""
+    """A grid point: which way was picked by prediction, the best baseline by measurement, and what both take; `real_cut` if one of ours cuts there."""
 
     slowdown: float
     rtt_ms: float
@@ -182,7 +182,7 @@ def grid(
         pick = min(good, key=lambda way: expected[way.name])
         baseline = min((way for way in good if not way.ours), key=lambda way: actual[way.name])
         times = actual[pick.name], expected[pick.name], baseline.name, actual[baseline.name]
-        places.append(Place(slowdown, rtt, rate, pick.name, *times, pick.real_cut))
+        places.append(Place(slowdown, rtt, rate, pick.name, *times, pick.ours and pick.real_cut))
     return places
 
 

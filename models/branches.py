@@ -26,11 +26,11 @@ def drop_branches(module: nn.Module, layers: Collection[str]) -> None:
     Raises:
         ModelError: a layer that is on no branch made up by `layers`.
     """
-    left = set(layers)
+    left, gone = set(layers), set(layers)
     if isinstance(module, fx.GraphModule) and layers:
         for node, shortcut, nodes in _branches(module):
             own = _layers(module, nodes)
-            if own and left.issuperset(own):
+            if own and gone.issuperset(own):
                 node.replace_all_uses_with(shortcut)
                 left.difference_update(own)
         module.graph.eliminate_dead_code()
@@ -56,5 +56,7 @@ def _branches(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, set[fx
 
 
 def _layers(module: fx.GraphModule, nodes: set[fx.Node]) -> list[str]:
-    names = [str(node.target) for node in module.graph.nodes if node in nodes and node.op == "call_module"]
-    return [name for name in names if next(module.get_submodule(name).parameters(), None) is not None]
+    """Those with parameters that `nodes` call; none if one of them is called elsewhere too."""
+    calls = [node for node in module.graph.nodes if node.op == "call_module" and next(module.get_submodule(str(node.target)).parameters(), None) is not None]
+    names = [str(node.target) for node in calls if node in nodes]
+    return names if not set(names) & {str(node.target) for node in calls if node not in nodes} else []

@@ -109,6 +109,10 @@ class Silence:
             if "out" not in sides:
                 continue
             layer = network.get_submodule(name)
+            if not sides["out"]:
+                tensors = (*layer.parameters(), *(buffer for buffer in layer.buffers() if buffer.ndim))
+                self._silent += [(tensor, torch.arange(len(tensor))) for tensor in tensors]
+                continue
             silent = torch.ones(width(layer, "out"), dtype=torch.bool)
             silent[list(sides["out"])] = False
             tensors = (getattr(layer, attribute, None) for attribute in ("weight", "bias", "running_mean", "running_var"))

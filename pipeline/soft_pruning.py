@@ -13,7 +13,6 @@ from models.pruning import Importance, Pruner
 from pipeline.errors import ParamsError
 
 STEPS_PER_ROUND = 3  # at least: one to recover, one to be silent
-DROP_SHARE = 1 / 2  # of the channels that a block may lose before it is dropped as a whole, if it is to go
 RECOVERY = 1 / 3  # share of a round in which all channels train
 
 
@@ -21,7 +20,8 @@ class SoftPruning(Callback):
     """Silences channels of `head` while the network it is part of trains, as the three-step paper does (arXiv 2006.02166, step 2).
 
     Each of `rounds` first lets all channels train, then scores them afresh and silences the least important until it ends; the share of channels
-    silenced grows over the rounds to what `keep` leaves out, as 1 - (1 - r)^3 (arXiv 1710.01878). `pruner` is made for `head`.
+    silenced grows over the rounds to what `keep` leaves out, as 1 - (1 - r)^3 (arXiv 1710.01878); a block that goes as a whole does so in every round.
+    `pruner` is made for `head`.
     """
 
     def __init__(self, head: nn.Module, pruner: Pruner, keep: Mapping[str, float], rounds: int, importance: Importance) -> None:
@@ -52,7 +52,7 @@ class SoftPruning(Callback):
             self._lift()
             self._round = now
             share = 1 - (1 - (self._round + 1) / self.rounds) ** 3
-            keep = {name: 1 - (1 - ratio) * share if ratio or share <= DROP_SHARE else 0.0 for name, ratio in self.keep.items()}
+            keep = {name: 1 - (1 - ratio) * share if ratio else 0.0 for name, ratio in self.keep.items()}
             self._plan = self.pruner.plan(keep, self._scores if self.importance == "taylor" else self.pruner.scores(self.head, self.importance))
             self._silence, self._scores = Silence(self.head, self._plan), {}
 

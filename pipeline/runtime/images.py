@@ -16,7 +16,8 @@ from pipeline.errors import DataError
 Format = Literal["webp", "jpeg", "jpeg-bare", "png"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 LOSSLESS = 100
-TABLES = (0xDB, 0xC4)  # DQT, DHT
+HUFFMAN_TABLE = 0xC4
+TABLES = (0xDB, HUFFMAN_TABLE)  # DQT, DHT
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 WEBP_CONTAINER_BYTES = 20  # RIFF, size, WEBP, chunk name, chunk size
 
@@ -52,12 +53,17 @@ def open_encoded(data: bytes, image_format: Format, quality: int) -> Image.Image
 
 
 def container_bytes(data: bytes, image_format: Format) -> int:
-    """How many bytes of a file hold no picture: RIFF and chunk headers of WebP, markers and tables of JPEG, chunks around PNG's data."""
+    """How many bytes of a file hold no picture: RIFF and chunk headers of WebP, markers and quantisation tables of JPEG, chunks around PNG's data.
+
+    The Huffman tables of `jpeg` are made for each picture, so they are part of it.
+    """
     if image_format == "webp":
         return WEBP_CONTAINER_BYTES
     if image_format == "png":
         return len(data) - sum(size for name, size in _png_chunks(data) if name == b"IDAT")
-    return len(data) - len(_scan(SOI + data + EOI if image_format == "jpeg-bare" else data))
+    whole = SOI + data + EOI if image_format == "jpeg-bare" else data
+    tables = sum(len(segment) for marker, segment in _segments(whole) if marker == HUFFMAN_TABLE)
+    return len(data) - len(_scan(whole)) - tables
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:

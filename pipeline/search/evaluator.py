@@ -108,17 +108,15 @@ class Evaluator:
         """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""
         if cut not in self._keep:
             ratios = [ratio for ratio in sorted(self.settings.keep) if ratio < 1]
-            blocks = layers_up_to(self.cuts, cut)
-            least = {block: ratio for block in blocks if (ratio := self._least_keep(cut, block, ratios)) is not None}
-            self._keep[cut] = {block: (*(ratio for ratio in ratios if ratio >= least[block]), 1.0) for block in least}
+            legal = {block: [ratio for ratio in ratios if self._prunes(cut, block, ratio)] for block in layers_up_to(self.cuts, cut)}
+            self._keep[cut] = {block: (*found, 1.0) for block, found in legal.items() if found}
         return self._keep[cut]
 
-    def _least_keep(self, cut: str, block: str, ratios: Sequence[float]) -> float | None:
-        """The smallest legal one of ascending `ratios`, if the block has channels of its own to lose."""
-        for ratio in ratios:
-            with suppress(ModelError):
-                return ratio if self._plan(cut, {block: ratio}).kept else None
-        return None
+    def _prunes(self, cut: str, block: str, ratio: float) -> bool:
+        """Whether the block can be pruned so, and loses something by it."""
+        with suppress(ModelError):
+            return bool(self._plan(cut, {block: ratio}).kept)
+        return False
 
     def _head(self, cut: str) -> nn.Module:
         """The device half of the backbone, sharing its weights."""

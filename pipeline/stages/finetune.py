@@ -35,11 +35,11 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
 
     A chosen split is made in up to three trainings, each taught by the pretrained backbone (METHODS 2 and 3): `prune`, the unsplit network with ever
     more channels of the device half silenced; `codec`, the codec alone; `split`, all. The network of a chosen lossy edge-only candidate is trained on
-    compressed images, taught by what that backbone makes of the images themselves. The reference is the better on validation of the backbone as
-    pretrained and after as many further epochs as the split's backbone (those of `prune` and `split`), by the same recipe, that teacher included, so
-    that what a split loses is not hidden by what training longer gains. Split weights are the state dict of the `CoInference`; of a candidate without
-    a codec, that of the whole. Codec `rate` is trained to cost what it did in the search, where it was trained for less: with the same weight on bits it
-    would go on to spend fewer of them than the accuracy can bear.
+    compressed images, taught by what that backbone makes of the images themselves, and kept if that made it better. The reference is the better on
+    validation of the backbone as pretrained and after as many further epochs as the split's backbone (those of `prune` and `split`), by the same recipe,
+    that teacher included, so that what a split loses is not hidden by what training longer gains. Split weights are the state dict of the `CoInference`;
+    of a candidate without a codec, that of the whole. Codec `rate` is trained to cost what it did in the search, where it was trained for less: with the
+    same weight on bits it would go on to spend fewer of them than the accuracy can bear.
 
     Raises:
         CoinferError: an input is missing or does not fit.
@@ -63,7 +63,10 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     reference = further if better else pretrained
     metrics["accuracy_validation_reference"] = accuracy_further if better else metrics["accuracy_validation_pretrained"]
     view = _view(candidate) or (lambda images: images)
-    metrics["accuracy_validation_split"] = accuracy(reference if student is None else student, (view(validation[0]), validation[1]))
+    seen = view(validation[0]), validation[1]
+    if candidate.kind == "edge-only" and student is not None and accuracy(student, seen) <= accuracy(reference, seen):
+        student = None
+    metrics["accuracy_validation_split"] = accuracy(reference if student is None else student, seen)
 
     atomic_write_bytes(paths.split_weights, weights_bytes(reference if student is None else student))
     atomic_write_bytes(paths.reference_weights, weights_bytes(reference))

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from models.backbones import build_backbone
+from models.branches import drop_branches, residual_branches
 from models.channel_plan import ChannelPlan, rebuild
 from models.cutting import count_macs, cut_points, split
 from models.pruning import Pruner, prune_head
@@ -242,6 +243,41 @@ def test_a_block_with_a_shortcut_can_go_as_a_whole(name: str, size: int, cut: st
     again.load_state_dict(pruned.state_dict())
     assert torch.equal(again(image), pruned(image))
     assert sum(count_macs(pruned, image[:1]).values()) == sum(macs for layer, macs in count_macs(head, image[:1]).items() if layer not in layers[block])
+
+
+def test_blocks_in_a_row_can_go_also_without_a_layer_between_their_sums() -> None:
+    head, image, layers = halves("mobilenet_v2", 32, "features.10")
+    pruned, plan = prune_head(head, image, {"features.8": 0.0, "features.9": 0.0}, layers)
+    assert plan.dropped == {*layers["features.8"], *layers["features.9"]}
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(image), silenced(head, plan)(image))
+    assert not [key for key in pruned.state_dict() if key.startswith(("features.8.", "features.9."))]
+
+
+class Nested(nn.Module):
+    """A shortcut within what another goes past, and a layer that both sides of a sum go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.shared = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(x)
+        y = x + self.outer(x + self.inner(x))
+        return y + self.shared(y)
+
+
+def test_a_shortcut_within_another_goes_with_it_and_a_layer_used_twice_stays() -> None:
+    image = torch.randn(2, 4, 8, 8)
+    head = fx.symbolic_trace(Nested().eval())
+    assert sorted(residual_branches(head)) == [("inner",), ("inner", "outer")]
+    dropped = copy.deepcopy(head)
+    drop_branches(dropped, ["inner", "outer"])
+    with torch.no_grad():
+        first = head.get_submodule("shared")(image)
+        torch.testing.assert_close(dropped(image), first + head.get_submodule("shared")(first))
+    with pytest.raises(ModelError, match="drops layer shared, which no shortcut"):
+        drop_branches(head, ["shared"])
 
 
 def test_what_no_shortcut_goes_past_cannot_be_dropped() -> None:

@@ -58,6 +58,12 @@ def test_container_bytes_are_what_an_empty_picture_costs_too() -> None:
         assert len(full) - container_bytes(full, image_format) > 3 * (len(empty) - container_bytes(empty, image_format))
 
 
+def test_tables_made_for_a_picture_are_part_of_it() -> None:
+    pixels = picture()
+    own, standard = ((data := encode_image(pixels, name, 50), len(data) - container_bytes(data, name)) for name in ("jpeg", "jpeg-bare"))
+    assert len(own[0]) > own[1] > standard[1], "32 pixels do not pay for tables of their own"
+
+
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_bytes_that_are_no_picture_are_refused(image_format: Format) -> None:
     with pytest.raises(DataError, match=rf"{image_format} of 10 bytes cannot be decoded .*; send the image again"):
