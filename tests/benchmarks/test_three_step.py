@@ -57,6 +57,30 @@ def test_nothing_is_claimed_before_a_test_reading() -> None:
     assert found["bits_at_1pt.resnet20.first"]["how"] == "not judged on test yet"
 
 
+def test_what_rate_saves_is_the_median_over_cuts_of_points_half_a_point_below() -> None:
+    rows = []
+    for number, cut in enumerate(CUTS["resnet20"].values(), start=1):
+        for kind, bits, accuracy in (("rate", 100 * number, 0.896), ("rate", 50, 0.894), ("uniform", 400, 0.896), ("uniform", 150, 0.894)):
+            row = split(kind, bits, accuracy, accuracy)
+            rows.append({**row, "point": {**row["point"], "cut": cut}})
+    assert figures(*rows)["rate_saving_at_half_pt"]["value"] == pytest.approx(0.5)
+    assert figures(*rows[:4])["rate_saving_at_half_pt"]["value"] is None
+
+
+def test_symbols_over_noise_are_judged_where_pam_is_nearest() -> None:
+    row = split("jscc-awgn", 0, 0.89, None)
+    row["validation"] = {
+        "accuracy": 0.89,
+        "channel_uses": 64,
+        "analogue": {"5": 0.7, "10": 0.8, "20": 0.89},
+        "pam 1": {"5": 0.6, "10": 0.7, "20": 0.8},
+        "pam 2": {"5": 0.5, "10": 0.77, "20": 0.9},
+    }
+    found = figures(row)["jscc_minus_pam_points_min"]
+    assert found["value"] == pytest.approx(3)
+    assert found["how"].startswith("at 10 dB, 64 channel uses")
+
+
 def test_every_point_of_a_sweep_has_a_name_of_its_own() -> None:
     names = [point.name for chain in chains() for point in chain]
     assert len(set(names)) == len(names)
