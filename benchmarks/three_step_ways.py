@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks import image_points
-from benchmarks.end_to_end import Way, frame_size
+from benchmarks.end_to_end import PARTS, Way, frame_size
 from benchmarks.image_points import ImagePoint
 from benchmarks.split_points import TABLE_IMAGES, Point, cost, tables_of, trained
 from models.backbones import build_backbone
 from models.baseline_codecs import RawByteCodec
 from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
-from models.cutting import cut_points, split
+from models.cutting import count_macs, cut_points, split
+from pipeline.costs.device_profile import DeviceProfile, backbone_key
+from pipeline.costs.latency import HalfCosts, predict
+from pipeline.costs.link import Link
 from pipeline.data import Split, load_card
 from pipeline.inference import accuracy, outputs
 from pipeline.onnx_export import export_onnx
@@ -60,6 +65,39 @@ def in_int8(way: Way, train: Split, validation: Split) -> Way:
     right = float((logits.argmax(1) == validation[1].numpy()).mean())
     sizes = [len(coder.encode(code, tables)) for code in symbols]
     return replace(way, name=f"{way.name}, int8", accuracy=right, frame_bytes=frame_size(sizes), device=device, tables=tables)
+
+
+def device_only_in_int8(way: Way, train: Split, validation: Split) -> Way:
+    """`way`, which sends nothing, in int8."""
+    assert way.device is not None
+    preprocessing = Preprocessing(way.image_size)
+    device = quantise(way.device, (preprocessing.tensor(image.numpy()) for image in torch.split(train[0][:INT8_IMAGES], 1)))
+    session = open_session(device, 2)
+    logits = np.concatenate([session.run(None, {"image": preprocessing.tensor(part.numpy())})[0] for part in torch.split(validation[0], BATCH)])
+    right = float((logits.argmax(1) == validation[1].numpy()).mean())
+    return replace(way, name=f"{way.name}, int8", accuracy=right, device=device)
+
+
+def expected_ms(way: Way, profile: DeviceProfile, backbone: nn.Module, point: Point | None) -> dict[str, float] | None:
+    """The parts of `way` as the search would predict them from `profile`; None for what the search does not know."""
+    cuts = cut_points(backbone, EXAMPLE)
+    macs = {after.name: float(after.macs - before.macs) for before, after in itertools.pairwise(cuts)}
+    common = HalfCosts("device-only", backbone_key("resnet20", way.image_size), cuts[-1].name, macs, reply_bytes=1)
+    if way.sent == "image" and way.image_format == "webp":
+        costs = replace(common, kind="edge-only", cut=cuts[0].name, block_macs={}, frame_bytes=way.frame_bytes, quality=way.quality)
+    elif way.sent == "nothing" and "int8" not in way.name:
+        costs = common
+    elif point is not None and way.ours and "int8" not in way.name:
+        codec = trained(point).codec
+        names = [cut.name for cut in cuts[1 : [cut.name for cut in cuts].index(point.cut) + 1]]
+        coders = (count_macs(codec.encode, torch.zeros(1, *codec.feature_shape)), count_macs(codec.decode, torch.zeros(1, *codec.code_shape)))
+        encoder, decoder = (float(sum(found.values())) for found in coders)
+        blocks = {name: macs[name] for name in names}
+        costs = replace(common, kind="split", cut=point.cut, block_macs=blocks, encoder_macs=encoder, decoder_macs=decoder, symbols=math.prod(codec.code_shape))
+    else:
+        return None
+    found = predict(costs, profile, profile, Link(1, 0))
+    return {part: found[part] for part in PARTS}
 
 
 def stream_cost(way: Way, images: Tensor) -> dict[str, float]:

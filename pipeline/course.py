@@ -33,7 +33,10 @@ class Course:
 
     def __init__(self, params: Params, device: str, tracker: Tracker, teacher: nn.Module, inputs: list[Any]) -> None:
         self.params, self.device, self.tracker, self.teacher = params, device, tracker, teacher
-        own = [f"pipeline/{name}.py" for name in ("course", "losses", "soft_pruning", "split_distilling", "stages/finetune")]
+        own = [
+            f"pipeline/{name}.py"
+            for name in ("course", "losses", "runtime/images", "runtime/preprocess", "soft_pruning", "split_distilling", "stages/finetune")
+        ]
         code = fingerprint([*TRAINING_CODE, *own], params.backbone.name)
         sections = [params.run, params.codec, params.finetune, params.pretrain.label_smoothing, params.backbone.name]
         plain = [section.model_dump() if isinstance(section, Section) else section for section in sections]
