@@ -54,7 +54,7 @@ FURTHER = {"first": (0, 2), "middle": (0, 2), "last": (4, 0)}  # of each point a
 LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
 DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
 IMAGES = (3, 2, 1, 1)  # epochs of the first image quality and of each after it
-RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1e-3, 2.5e-3), "last": (1e-3, 4e-3, 1e-2)}
+RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1e-3, 2.5e-3), "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2)}
 SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
     "first": ((16, 4, 4), ((16, 4, 3), (16, 4, 2), (8, 4, 2))),
     "middle": ((16, 4, 4), ((24, 4, 3), (16, 4, 2), (12, 4, 2))),
