@@ -48,7 +48,7 @@ from pipeline.split_distilling import SplitDistiller
 from pipeline.training import Classifier, DataModule, fit, weights_bytes
 
 STATE = Path(".coinfer/three-step")
-RECIPE = 4  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
+RECIPE = 5  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
 COSTS = (
     *(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c", "frame.py", "images.py")),
     "pipeline/data.py",
@@ -57,7 +57,7 @@ COSTS = (
 THREADS = 2
 TABLE_IMAGES = 10_000
 SETTINGS = Finetune(
-    epochs=1, batch_size=128, learning_rate=0.03, weight_decay=5e-4, ema_decay=0.998, distill_logits=4.0, distill_feature=0.0, flip=True, crop_padding=4
+    epochs=1, batch_size=128, learning_rate=0.01, weight_decay=5e-4, ema_decay=0.998, distill_logits=4.0, distill_feature=0.0, flip=True, crop_padding=4
 )
 FROZEN = SETTINGS.model_copy(update={"learning_rate": 0.05, "distill_feature": 0.2})  # behind a frozen head
 PRUNE_ROUNDS = 3
@@ -163,7 +163,7 @@ def _train_behind(network: CoInference, point: Point) -> None:
     backbone, train_split, validation = backbone_of(point), load_split("train"), load_split("validation")
     head, _ = split_at(backbone, torch.zeros(1, 3, 32, 32), point.cut)
     assert all(torch.equal(tensor, network.head.state_dict()[name]) for name, tensor in head.state_dict().items())
-    folder = STATE / f"features-{named(point.backbone, digest(Path(point.weights)), point.cut, load_card().sha256, SETTINGS.model_dump())}"
+    folder = STATE / f"features-{named(point.backbone, digest(Path(point.weights)), point.cut, load_card().sha256, SETTINGS.crop_padding, SETTINGS.flip)}"
     data = FeatureData(head.to(memory_format=torch.channels_last), teacher(), folder, train_split, validation, FROZEN, point.seed)
     _fit(TailLesson(network, FROZEN), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
 

@@ -49,7 +49,7 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
-EPOCHS = {"first": (6, 4), "middle": (12, 3), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
+EPOCHS = {"first": (6, 4), "middle": (12, 2), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
 FURTHER = {"first": (0, 2), "middle": (0, 2), "last": (4, 0)}  # of each point after it
 LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
 DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
