@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from benchmarks.frozen_head import COPIES, FeatureData, TailLesson
 from benchmarks.noise import over_noise
 from models.backbones import build_backbone
 from models.channel_plan import ChannelPlan, Silence, rebuild
@@ -38,6 +37,7 @@ from pipeline.distilling import Distiller, Ensemble
 from pipeline.errors import ModelError
 from pipeline.files import atomic_write_bytes, atomic_write_text
 from pipeline.fingerprint import fingerprint
+from pipeline.frozen_head import COPIES, BehindHead, FeatureData
 from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.networks import coder_tables, layers_up_to
 from pipeline.params import Finetune
@@ -164,8 +164,8 @@ def _train_behind(network: CoInference, point: Point) -> None:
     head, _ = split_at(backbone, torch.zeros(1, 3, 32, 32), point.cut)
     assert all(torch.equal(tensor, network.head.state_dict()[name]) for name, tensor in head.state_dict().items())
     folder = STATE / f"features-{named(point.backbone, digest(Path(point.weights)), point.cut, load_card().sha256, SETTINGS.crop_padding, SETTINGS.flip)}"
-    data = FeatureData(head.to(memory_format=torch.channels_last), teacher(), folder, train_split, validation, FROZEN, point.seed)
-    _fit(TailLesson(network, FROZEN), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
+    data = FeatureData(head, (None, teacher()), folder, train_split, validation, FROZEN, point.seed)
+    _fit(BehindHead(network, FROZEN, 0.0), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
 
 
 def _prune(network: CoInference, backbone: nn.Module, point: Point) -> ChannelPlan:

@@ -110,8 +110,8 @@ class Silence:
                 continue
             layer = network.get_submodule(name)
             if not sides["out"]:
-                tensors = (*layer.parameters(), *(buffer for buffer in layer.buffers() if buffer.ndim))
-                self._silent += [(tensor, torch.arange(len(tensor))) for tensor in tensors]
+                whole = (*layer.parameters(), *(buffer for buffer in layer.buffers() if buffer.ndim))
+                self._silent += [(tensor, torch.arange(len(tensor))) for tensor in whole]
                 continue
             silent = torch.ones(width(layer, "out"), dtype=torch.bool)
             silent[list(sides["out"])] = False

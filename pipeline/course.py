@@ -16,10 +16,11 @@ from pipeline.data import Sent, load_split
 from pipeline.distilling import Distiller
 from pipeline.errors import Interrupted
 from pipeline.fingerprint import TRAINING_CODE, fingerprint
+from pipeline.frozen_head import BehindHead, FeatureData
 from pipeline.params import Params, Section
 from pipeline.paths import BACKBONE_WEIGHTS
 from pipeline.split_distilling import SplitDistiller
-from pipeline.training import DataModule, checkpoint_folder, fit
+from pipeline.training import Classifier, DataModule, checkpoint_folder, fit
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
@@ -35,7 +36,7 @@ class Course:
         self.params, self.device, self.tracker, self.teacher = params, device, tracker, teacher
         own = [
             f"pipeline/{name}.py"
-            for name in ("course", "losses", "runtime/images", "runtime/preprocess", "soft_pruning", "split_distilling", "stages/finetune")
+            for name in ("course", "frozen_head", "losses", "runtime/images", "runtime/preprocess", "soft_pruning", "split_distilling", "stages/finetune")
         ]
         code = fingerprint([*TRAINING_CODE, *own], params.backbone.name)
         sections = [params.run, params.codec, params.finetune, params.pretrain.label_smoothing, params.backbone.name]
@@ -54,14 +55,14 @@ class Course:
         epochs: int,
         cut: tuple[nn.Module, nn.Module] | None = None,
         learning_rate: float | None = None,
-        frozen: Sequence[nn.Module] = (),
         callbacks: Sequence[Callback] = (),
         further: Any = None,
         view: Sent | None = None,
+        behind: bool = False,
     ) -> nn.Module:
         """Train `network` in place, taught by the teacher's logits and, given its halves as `cut`, its feature there; return it.
 
-        With a `view` the network sees what that leaves of the images, and the teacher the images.
+        With a `view` the network sees what that leaves of the images, and the teacher the images. `behind` freezes the head of a split.
         """
         settings = self.params.finetune.model_copy(update={"learning_rate": learning_rate} if learning_rate else {})
         folder = checkpoint_folder(f"finetune-{self.device}", name, [*self.inputs, epochs, further])
@@ -70,15 +71,21 @@ class Course:
             self.curves.append({"training": name, **row})
             self.tracker.log_metrics({f"{name}_{key}": row[key] for key in ("loss", "accuracy_validation")}, step=int(row["epoch"]))
 
-        smoothing = self.params.pretrain.label_smoothing
-        if isinstance(network, CoInference):
-            lesson: Distiller = SplitDistiller(network, cut or copy.deepcopy(self.teacher), settings, smoothing, frozen)
+        smoothing, seed = self.params.pretrain.label_smoothing, self.params.run.seed
+        data = DataModule(*self.data, settings, seed, view)
+        if behind:
+            assert isinstance(network, CoInference)
+            assert cut is not None
+            lesson: Classifier = BehindHead(network, settings, smoothing)
+            data = FeatureData(copy.deepcopy(network.head), cut, folder / "features", *self.data, settings, seed)
+        elif isinstance(network, CoInference):
+            lesson = SplitDistiller(network, cut or copy.deepcopy(self.teacher), settings, smoothing)
         else:
-            lesson = Distiller(network, copy.deepcopy(self.teacher), settings, smoothing, frozen)
+            lesson = Distiller(network, copy.deepcopy(self.teacher), settings, smoothing)
         try:
             fit(
                 lesson,
-                DataModule(*self.data, settings, self.params.run.seed, view),
+                data,
                 name=f"finetune {self.device}, {name}",
                 epochs=epochs,
                 checkpoint_dir=folder,

@@ -16,7 +16,7 @@ from pipeline.training import Classifier
 class Distiller(Classifier):
     """A `network` taught by a `teacher` of its own inputs and outputs: cross-entropy + `distill_logits` x `logits_loss` (METHODS 3).
 
-    The teacher stays in eval mode, is not trained and not saved.
+    The teacher stays in eval mode, is not trained and not saved. It sees the images as they were before a `DataModule.view`.
     """
 
     def __init__(self, network: nn.Module, teacher: nn.Module, settings: Pretrain | Finetune, label_smoothing: float, frozen: Sequence[nn.Module] = ()) -> None:
@@ -25,8 +25,8 @@ class Distiller(Classifier):
         self._teacher = (teacher.eval().to(memory_format=torch.channels_last),)
         self.distill_logits, self.temperature = settings.distill_logits, settings.temperature
 
-    def loss(self, images: Tensor, labels: Tensor, original: Tensor | None = None) -> Tensor:
-        return self.taught(self.network(images), labels, images if original is None else original)
+    def loss(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
+        return self.taught(self.network(images), labels, more[0] if more else images)
 
     def taught(self, logits: Tensor, labels: Tensor, given: Tensor) -> Tensor:
         """The loss of `logits` (B, classes) where the teacher is `given` its input."""

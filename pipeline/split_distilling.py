@@ -33,8 +33,8 @@ class SplitDistiller(Distiller):
         self._head = (head.eval().to(memory_format=torch.channels_last),) if head else ()
         self.distill_feature = settings.distill_feature
 
-    def loss(self, images: Tensor, labels: Tensor, original: Tensor | None = None) -> Tensor:
-        network, whole = self.network, images if original is None else original
+    def loss(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
+        network, whole = self.network, more[0] if more else images
         assert isinstance(network, CoInference)
         with torch.no_grad():
             known = self._head[0](whole) if self._head else whole

@@ -48,8 +48,8 @@ class Classifier(LightningModule):
         self._losses: list[Tensor] = []
         self._correct = self._seen = 0
 
-    def loss(self, images: Tensor, labels: Tensor, original: Tensor | None = None) -> Tensor:
-        """Of a batch; `original` is what `images` were before `DataModule.view`."""
+    def loss(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
+        """Of a batch: images or what stands for them, labels, and what else the data module gives."""
         return F.cross_entropy(self.network(images), labels, label_smoothing=self.label_smoothing)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:

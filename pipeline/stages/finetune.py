@@ -34,12 +34,12 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     """Write artifacts/DEVICE/finetune/ (split and reference weights, split.json, metrics.json, curves.csv) and return the metrics.
 
     A chosen split is made in up to three trainings, each taught by the pretrained backbone (METHODS 2 and 3): `prune`, the unsplit network with ever
-    more channels of the device half silenced; `codec`, the codec alone; `split`, all. The network of a chosen lossy edge-only candidate is trained on
-    compressed images, taught by what that backbone makes of the images themselves, and kept if that made it better. The reference is the better on
-    validation of the backbone as pretrained and after as many further epochs as the split's backbone (those of `prune` and `split`), by the same recipe,
-    that teacher included, so that what a split loses is not hidden by what training longer gains. Split weights are the state dict of the `CoInference`;
-    of a candidate without a codec, that of the whole. Codec `rate` is trained to cost what it did in the search, where it was trained for less: with the
-    same weight on bits it would go on to spend fewer of them than the accuracy can bear.
+    more channels of the device half silenced; `frozen`, codec and edge half behind the frozen device half; `split`, all. The network of a chosen lossy
+    edge-only candidate is trained on compressed images, taught by what that backbone makes of the images themselves, and kept if that made it better.
+    The reference is the better on validation of the backbone as pretrained and after as many further epochs as the split's backbone (those of `prune` and
+    `split`), by the same recipe, that teacher included, so that what a split loses is not hidden by what training longer gains. Split weights are the
+    state dict of the `CoInference`; of a candidate without a codec, that of the whole. Codec `rate` is trained to cost what it did in the search, where
+    it was trained for less: with the same weight on bits it would go on to spend fewer of them than the accuracy can bear.
 
     Raises:
         CoinferError: an input is missing or does not fit.
@@ -112,7 +112,7 @@ def _student(course: Course, candidate: Candidate, promised_bits: float, paths: 
     if plan.kept:
         recalibrated(network.head, course.sample)
     cut = split(copy.deepcopy(course.teacher), example, candidate.cut)
-    if settings.codec_epochs:
-        frozen = (network.head, network.tail)
-        course.run("codec", network, epochs=settings.codec_epochs, cut=cut, learning_rate=settings.codec_learning_rate, frozen=frozen, further=plan.to_dict())
+    if settings.frozen_epochs:
+        rate = settings.frozen_learning_rate
+        course.run("frozen", network, epochs=settings.frozen_epochs, cut=cut, learning_rate=rate, further=plan.to_dict(), behind=True)
     return course.run("split", network, epochs=settings.epochs, cut=cut, further=plan.to_dict()), plan

@@ -79,13 +79,13 @@ def test_a_split_is_rebuilt_from_what_is_written(pretrained: Params, tracker: An
 
 def test_a_split_can_be_made_in_three_trainings_that_each_start_where_the_last_ended(pretrained: Params, tracker: Any) -> None:
     choose(SPLIT)
-    longer = {"epochs": 2, "prune_epochs": 3, "prune_rounds": 2, "codec_epochs": 2}
+    longer = {"epochs": 2, "prune_epochs": 3, "prune_rounds": 2, "frozen_epochs": 2}
     params = pretrained.model_copy(update={"finetune": pretrained.finetune.model_copy(update=longer)})
     metrics = finetune.run(params, "camera", tracker)
     rows = [line.split(",") for line in PATHS.finetune_curves.read_text().splitlines()[1:]]
     assert [row[:2] for row in rows] == [
         *(["prune", str(epoch)] for epoch in (1, 2, 3)),
-        *(["codec", str(epoch)] for epoch in (1, 2)),
+        *(["frozen", str(epoch)] for epoch in (1, 2)),
         *(["split", str(epoch)] for epoch in (1, 2)),
         *(["reference", str(epoch)] for epoch in (1, 2, 3, 4, 5)),
     ]
