@@ -100,7 +100,11 @@ def pipeline_table(results: dict[str, Any]) -> str:
 
 def _trial(row: dict[str, str]) -> Trial:
     """A row of trials.csv."""
-    candidate = {field.name: row[field.name] or None if field.name in WORDS else json.loads(row[field.name] or "null") for field in fields(Candidate)}
+    candidate = {
+        field.name: row[field.name] or None if field.name in WORDS else json.loads(row[field.name] or "null")
+        for field in fields(Candidate)
+        if field.name in row
+    }
     measured = {field.name: float(row[field.name]) for field in fields(Measurement)} if row["accuracy"] else None
     return Trial(
         int(row["number"]),
