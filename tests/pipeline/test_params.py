@@ -24,7 +24,7 @@ def test_committed_params_are_valid(params_file):
         ("run.threads", "two", ["run.threads is 'two'", "integer"]),
         ("search.bits", [0], ["search.bits.0 is 0", "greater than or equal to 1"]),
         ("search.bits", [9], ["search.bits.0 is 9", "less than or equal to 8"]),
-        ("search.keep", [0.0], ["search.keep.0 is 0.0", "greater than 0"]),
+        ("search.keep", [-0.1], ["search.keep.0 is -0.1", "greater than or equal to 0"]),
         ("search.strides", [3], ["search.strides.0 is 3", "1, 2, 4 or 8"]),
         ("search.bits", [2, 2], ["search.bits is [2, 2]", "values repeat"]),
         ("data.source", "mnist", ["data.source is 'mnist'", "'digits', 'cifar10' or 'folder'"]),
