@@ -70,7 +70,8 @@ class Point:
     """What is trained: `weights` (a safetensors file) of `backbone`, split at `cut`, with `codec`, on from `before` if there is one.
 
     First codec and tail behind the frozen head for `frozen_epochs`; then, for `prune_epochs`, all, while residual blocks that compute at least `share` of
-    the head's MACs are silenced and in the end dropped; then all for `epochs`.
+    the head's MACs are silenced and in the end dropped (with `evenly`: while every group of channels that stays on the device loses the same share); then
+    all for `epochs`.
     """
 
     backbone: str
@@ -83,17 +84,20 @@ class Point:
     before: Point | None = None
     share: float = 0.0
     prune_epochs: int = 0
+    evenly: bool = False
 
     @property
     def name(self) -> str:
         codec = self.codec
         rate = f" {codec.rate_weight:g}" if codec.kind == "rate" else ""
-        pruned = f", without {self.share:.0%} of the MACs" if self.prune_epochs else ""
+        pruned = f", without {self.share:.0%} of the MACs{' evenly' if self.evenly else ''}" if self.prune_epochs else ""
         return f"{self.backbone} {self.cut} {codec.kind} {codec.code_channels}ch /{codec.stride} {codec.bits}bit{rate}{pruned}, seed {self.seed}"
 
     def key(self) -> str:
         """Names everything its weights depend on."""
         fields = asdict(self) | {"before": self.before.key() if self.before else None, "weights": digest(Path(self.weights))}
+        if not self.evenly:
+            del fields["evenly"]
         return named(fields, recipe())
 
     def facts(self) -> dict[str, Any]:
@@ -173,11 +177,22 @@ def _prune(network: CoInference, backbone: nn.Module, point: Point) -> ChannelPl
     example = torch.zeros(1, 3, 32, 32)
     layers = layers_up_to(cut_points(backbone, example), point.cut)
     chooser = Pruner(network.head, example, layers)
-    keep = dict.fromkeys(_least_needed(network, chooser, layers, point.share), 0.0)
+    keep = _even(network.head, chooser, point.share) if point.evenly else dict.fromkeys(_least_needed(network, chooser, layers, point.share), 0.0)
     soft = SoftPruning(network.head, chooser, keep, PRUNE_ROUNDS, "l1")
     lesson = SplitDistiller(network, teacher(), SETTINGS, 0.0)
     train(lesson, f"{point.name}, pruning", f"{point.key()}-prune", point.prune_epochs, point.seed, callbacks=[soft])
     return soft.plan()
+
+
+def _even(head: nn.Module, chooser: Pruner, share: float) -> dict[str, float]:
+    """The largest of 15/16, 14/16, ... that, kept of every group, leaves at most 1 - `share` of the head's MACs."""
+    example, scores = torch.zeros(1, 3, 32, 32), chooser.scores(head)
+    whole = sum(count_macs(head, example).values())
+    for sixteenths in range(15, 0, -1):
+        keep = dict.fromkeys(chooser.groups, sixteenths / 16)
+        if sum(count_macs(rebuild(head, chooser.plan(keep, scores)), example).values()) <= (1 - share) * whole:
+            return keep
+    raise ModelError(f"no even pruning removes {share:.0%} of the head's MACs; choose less.")
 
 
 def _least_needed(network: CoInference, chooser: Pruner, layers: Mapping[str, Sequence[str]], share: float) -> list[str]:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.end_to_end import RATES_MBPS, SLOWDOWNS, Way, as_raw, grid, medians, through_link, time_parts
 from benchmarks.image_points import FORMATS, QUALITIES, ImagePoint
+from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, figure, write
 from benchmarks.split_points import Point, costs_key, reference, reference_key, reference_weights
 from benchmarks.three_step_ways import (
@@ -31,6 +32,7 @@ from benchmarks.three_step_ways import (
     expected_ms,
     in_int8,
     of_image,
+    of_pruned,
     of_split,
     raw_features,
     stream_cost,
@@ -53,6 +55,8 @@ EPOCHS = {"first": (6, 4), "middle": (12, 2), "last": (12, 0)}  # of a chain's f
 FURTHER = {"first": (0, 2), "middle": (0, 2), "last": (4, 0)}  # of each point after it
 LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
 DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
+DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
+WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (3, 2, 1, 1)  # epochs of the first image quality and of each after it
 RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1e-3, 2.5e-3), "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2)}
 SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
@@ -92,9 +96,12 @@ def chains() -> Iterator[Sequence[Any]]:
         point = Point("resnet56", WEIGHTS["resnet56"], large[where], codec, frozen, together)
         yield [point]
         yield [dataclasses.replace(point, epochs=together - PRUNING, share=DROPPED, prune_epochs=PRUNING)]
+    yield _whole((0.9, 0.8, 0.7))
+    yield _pruned_small()
     yield _images("jpeg", (30, 20, 10))
     for where in CHAINS:
         yield _chain(where, [CodecSpec("codebook", *SIZES[where][1][0])])
+    yield from _two_step()
     yield _chain("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
     yield _chain("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
     yield _chain("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
@@ -107,6 +114,32 @@ def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
     for quality, epochs in zip(qualities, IMAGES, strict=False):
         points.append(ImagePoint("resnet20", WEIGHTS["resnet20"], image_format, quality, epochs, points[-1] if points else None))
     return points
+
+
+def _whole(shares: Sequence[float]) -> list[PrunedPoint]:
+    """The network pruned to stay on the device, each from what the one before left; `shares` are of the whole network's channels."""
+    points: list[PrunedPoint] = []
+    for share, before in zip(shares, (1.0, *shares), strict=False):
+        points.append(PrunedPoint("resnet20", WEIGHTS["resnet20"], round(share / before, 3), WHOLE_EPOCHS, before=points[-1] if points else None))
+    return points
+
+
+def _two_step() -> Iterator[list[PrunedPoint]]:
+    """2-step pruning at each cut: all keep 0.8, then what crosses a half, then a half of that."""
+    first = _whole((0.9, 0.8))[-1]
+    for where in CHAINS:
+        cut = CUTS["resnet20"][where]
+        half = PrunedPoint("resnet20", WEIGHTS["resnet20"], 0.5, WHOLE_EPOCHS, cut, first)
+        yield [half, PrunedPoint("resnet20", WEIGHTS["resnet20"], 0.5, WHOLE_EPOCHS, cut, half)]
+
+
+def _pruned_small() -> list[Point]:
+    """ResNet-20's middle half, unpruned, without its least needed blocks, and pruned evenly to as many MACs: the same codec and epochs for each."""
+    frozen, together = EPOCHS["middle"]
+    codec = CodecSpec("rate", *SIZES["middle"][0], rate_weight=RATES["middle"][0])
+    point = Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"]["middle"], codec, frozen, together)
+    pruned = dataclasses.replace(point, epochs=together - PRUNING_SMALL, share=DROPPED_SMALL, prune_epochs=PRUNING_SMALL)
+    return [pruned, dataclasses.replace(pruned, evenly=True)]
 
 
 def _chain(where: str, codecs: list[CodecSpec]) -> list[Point]:
@@ -239,10 +272,10 @@ def run_end_to_end(raw: Raw) -> Raw:
         found = row["validation"]
         if row["point"].get("codec", {}).get("kind") == "multi-rate":
             continue
-        if row["point"]["backbone"] == "resnet20" and "frame_bytes" in found and _near(row, best):
+        if row["point"]["backbone"] == "resnet20" and "accuracy" in found and _near(row, best):
             point = points[name]
-            build = of_image if isinstance(point, ImagePoint) else of_split
-            ways.append(build(point, found["accuracy"], found["frame_bytes"]["mean"]))
+            build = of_image if isinstance(point, ImagePoint) else of_pruned if isinstance(point, PrunedPoint) else of_split
+            ways.append(build(point, found["accuracy"], found.get("frame_bytes", {"mean": 0.0})["mean"]))
     weights = str(reference_weights("resnet20"))
     network = build_backbone("resnet20", load_card().num_classes, 32, Path(weights)).eval()
     local = device_only(network, "resnet20 device-only", accuracy(network, validation), ours=False)
@@ -289,11 +322,19 @@ def _pruned_pair(raw: Raw, points: dict[str, Any], cut: str) -> list[tuple[Raw, 
     """The unpruned and the pruned split of ResNet-56 at `cut`, if both are trained."""
     rows = [row for name, row in raw["points"].items() if name in points and row["point"]["backbone"] == "resnet56" and row["point"].get("cut") == cut]
     pruned = next((row for row in rows if row["point"]["prune_epochs"]), None)
-    whole = next((row for row in rows if pruned and row["key"] == pruned["point"]["before"]), None)
+    whole = _unpruned(rows, pruned)
     if pruned is None or whole is None:
         return []
     named = {row["key"]: points[name] for name, row in raw["points"].items() if name in points}
     return [(row, of_split(named[row["key"]], row["validation"]["accuracy"], row["validation"]["frame_bytes"]["mean"])) for row in (whole, pruned)]
+
+
+def _unpruned(rows: Iterable[Raw], pruned: Raw | None) -> Raw | None:
+    """The split that `pruned` would be with all its channels."""
+    same = ("backbone", "cut", "codec", "seed")
+    if pruned is None:
+        return None
+    return next((row for row in rows if not row["point"].get("prune_epochs") and all(row["point"].get(of) == pruned["point"][of] for of in same)), None)
 
 
 def pruning_figures(raw: Raw) -> dict[str, Any]:
@@ -301,10 +342,10 @@ def pruning_figures(raw: Raw) -> dict[str, Any]:
     found: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     lost: dict[str, float] = {}
-    rows = [row for row in raw["points"].values() if row["point"].get("prune_epochs")]
+    rows = [row for row in raw["points"].values() if row["point"].get("prune_epochs") and row["point"]["backbone"] == "resnet56"]
     for where, cut in CUTS["resnet56"].items():
         pruned = next((row for row in rows if row["point"]["cut"] == cut), None)
-        whole = next((row for row in raw["points"].values() if pruned and row["key"] == pruned["point"]["before"]), None)
+        whole = _unpruned(raw["points"].values(), pruned)
         times = raw.get("end_to_end", {}).get("pruned", {}).get(where)
         found[f"device_speedup.{where}"] = figure(None, "ratio", "not run yet")
         if pruned is None or whole is None:

@@ -28,6 +28,8 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
             _line(axes, _places(rows, "payload_bits"), color=colour, marker="o", label=kind)
             if kind == "bottlenet++":
                 _line(axes, _places(rows, "uncoded_bits"), color=colour, marker="x", linestyle="--", label=f"{kind}, uncoded")
+        rows = [row for row in _pruned_alone(raw, backbone) if row["point"]["cut"] == cut]
+        _line(axes, _places(rows, "payload_bits"), color="black", marker="s", label="2-step pruning, 8 bit")
         for (image_format, tuned), (colour, style) in IMAGE_STYLES.items():
             rows = [row for row in raw["points"].values() if row["point"].get("image_format") == image_format and bool(row["point"]["epochs"]) == tuned]
             _line(axes, _places(rows, "payload_bits"), color=colour, linestyle=style, label=f"{image_format}{', trained on it' if tuned else ''}")
@@ -48,7 +50,7 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
 
 
 def against_macs(raw: Raw) -> Figure:
-    """Accuracy on validation against what the device computes, of every split."""
+    """Accuracy on validation against what the device computes, of every split and of networks pruned to stay on the device."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for backbone, marker in (("resnet20", "o"), ("resnet56", "s")):
@@ -58,6 +60,10 @@ def against_macs(raw: Raw) -> Figure:
             if rows:
                 accuracies = [row["validation"]["accuracy"] for row in rows]
                 axes.scatter(macs, accuracies, color=colour, marker=marker, s=28, alpha=0.8, label=f"{backbone}, {kind}")
+        rows = [row for row in _pruned_alone(raw, backbone) if row["point"]["cut"] is None]
+        if rows:
+            macs, accuracies = zip(*((row["head_macs"] / 1e6, row["validation"]["accuracy"]) for row in rows), strict=True)
+            axes.scatter(macs, accuracies, color="black", marker=marker, s=28, alpha=0.8, label=f"{backbone}, pruned whole")
         if backbone in raw["references"]:
             axes.axhline(raw["references"][backbone]["validation"], color="black", linewidth=0.8, linestyle="-" if marker == "o" else "--", label=backbone)
     axes.set_xlabel("device MACs per image, millions (head and encoder)")
@@ -121,6 +127,11 @@ def over_links(found: Raw) -> Figure:
 
 def _splits(raw: Raw, backbone: str) -> Iterable[Raw]:
     return (row for row in raw["points"].values() if "codec" in row["point"] and row["point"]["backbone"] == backbone)
+
+
+def _pruned_alone(raw: Raw, backbone: str) -> Iterable[Raw]:
+    """Networks pruned without a learned codec."""
+    return (row for row in raw["points"].values() if "keep" in row["point"] and row["point"]["backbone"] == backbone)
 
 
 def _places(rows: Iterable[Raw], size: str) -> list[tuple[float, float]]:

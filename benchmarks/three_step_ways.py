@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks import image_points
+from benchmarks import image_points, pruned_points
 from benchmarks.end_to_end import PARTS, Way, frame_size
 from benchmarks.image_points import ImagePoint
+from benchmarks.pruned_points import PrunedPoint
 from benchmarks.split_points import TABLE_IMAGES, Point, cost, tables_of, trained
 from models.backbones import build_backbone
 from models.baseline_codecs import RawByteCodec
@@ -78,8 +79,10 @@ def device_only_in_int8(way: Way, train: Split, validation: Split) -> Way:
     return replace(way, name=f"{way.name}, int8", accuracy=right, device=device)
 
 
-def expected_ms(way: Way, profile: DeviceProfile, backbone: nn.Module, point: Point | None) -> dict[str, float] | None:
-    """The parts of `way` as the search would predict them from `profile`; None for what the search does not know."""
+def expected_ms(way: Way, profile: DeviceProfile, backbone: nn.Module, point: Point | ImagePoint | PrunedPoint | None) -> dict[str, float] | None:
+    """The parts of `way`, which `point` made if one did, as the search would predict them from `profile`; None for what the search does not know."""
+    if isinstance(point, PrunedPoint) or (isinstance(point, Point) and point.prune_epochs):
+        return None
     cuts = cut_points(backbone, EXAMPLE)
     macs = {after.name: float(after.macs - before.macs) for before, after in itertools.pairwise(cuts)}
     common = HalfCosts("device-only", backbone_key("resnet20", way.image_size), cuts[-1].name, macs, reply_bytes=1)
@@ -87,7 +90,7 @@ def expected_ms(way: Way, profile: DeviceProfile, backbone: nn.Module, point: Po
         costs = replace(common, kind="edge-only", cut=cuts[0].name, block_macs={}, frame_bytes=way.frame_bytes, quality=way.quality)
     elif way.sent == "nothing" and "int8" not in way.name:
         costs = common
-    elif point is not None and way.ours and "int8" not in way.name:
+    elif isinstance(point, Point) and way.ours and "int8" not in way.name:
         codec = trained(point).codec
         names = [cut.name for cut in cuts[1 : [cut.name for cut in cuts].index(point.cut) + 1]]
         coders = (count_macs(codec.encode, torch.zeros(1, *codec.feature_shape)), count_macs(codec.decode, torch.zeros(1, *codec.code_shape)))
@@ -120,6 +123,13 @@ def of_image(point: ImagePoint, accuracy: float, frame_bytes: float) -> Way:
     """Edge-only, with the network that belongs to the format."""
     edge = _whole(image_points.trained(point))
     return Way(point.name, accuracy, frame_bytes, False, False, "image", 32, edge=edge, image_format=point.image_format, quality=point.quality)
+
+
+def of_pruned(point: PrunedPoint, accuracy: float, frame_bytes: float) -> Way:
+    """A network pruned without a learned codec: all on the device, or cut and its feature sent in 8 bits."""
+    if not point.cut:
+        return device_only(pruned_points.trained(point), point.name, accuracy, ours=False)
+    return _with_symbols(pruned_points.coded(point), point.name, accuracy, frame_bytes, ours=False)
 
 
 def device_only(network: nn.Module, name: str, accuracy: float, *, ours: bool) -> Way:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.noise import pam, sigma
-from benchmarks.three_step import CUTS, chains, figures_of
+from benchmarks.three_step import CUTS, chains, figures_of, pruning_figures
 
 FIRST = CUTS["resnet20"]["first"]
 
@@ -96,3 +96,17 @@ def test_pam_is_exact_without_noise_and_wrong_as_often_as_theory_says(bits: int)
     reach = 0.5 / (2**bits - 1) / noise
     tail = 0.5 * torch.erfc(torch.tensor(reach / 2**0.5)).item()
     assert (pam(u, bits, noise) != u).float().mean() == pytest.approx(2 * (1 - 2**-bits) * tail, abs=0.003)
+
+
+def test_a_pruned_half_is_compared_with_the_same_split_unpruned() -> None:
+    def row(cut: str, codec: dict[str, Any], prune_epochs: int, macs: float, accuracy: float) -> dict[str, Any]:
+        point = {"backbone": "resnet56", "cut": cut, "codec": codec, "seed": 0, "prune_epochs": prune_epochs}
+        return {"key": "", "point": point, "head_macs": macs, "encoder_macs": 10, "validation": {"accuracy": accuracy}}
+
+    codec = {"kind": "rate", "bits": 4}
+    rows = [row(cut, codec, 0, 90, 0.9) for cut in CUTS["resnet56"].values()] + [row(cut, codec, 2, 30, 0.897) for cut in CUTS["resnet56"].values()]
+    others = [row(cut, codec | {"bits": 1}, 0, 1000, 0.1) for cut in CUTS["resnet56"].values()]
+    ratio = pruning_figures({"points": {str(number): each for number, each in enumerate([*others, *rows])}})["device_macs_ratio"]
+    assert ratio["value"] == pytest.approx(0.4)
+    rows[-1]["validation"]["accuracy"] = 0.894
+    assert pruning_figures({"points": {str(number): each for number, each in enumerate(rows)}})["device_macs_ratio"]["value"] is None
