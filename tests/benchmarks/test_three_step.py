@@ -76,7 +76,11 @@ def test_symbols_over_noise_are_judged_where_pam_is_nearest() -> None:
         "pam 1": {"5": 0.6, "10": 0.7, "20": 0.8},
         "pam 2": {"5": 0.5, "10": 0.77, "20": 0.9},
     }
-    found = figures(row)["jscc_minus_pam_points_min"]
+    few = {**row, "validation": {**row["validation"], "accuracy": 0.895, "channel_uses": 16, "pam 1": {"5": 0.69, "10": 0.79, "20": 0.88}}}
+    fewer = {**row, "validation": {**row["validation"], "accuracy": 0.8, "channel_uses": 8}}
+    assert figures(row, few, fewer)["jscc_symbols_at_1pt"]["value"] == 16
+    assert figures(fewer)["jscc_symbols_at_1pt"]["value"] is None
+    found = figures(row, few)["jscc_minus_pam_points_min"]
     assert found["value"] == pytest.approx(3)
     assert found["how"].startswith("at 10 dB, 64 channel uses")
 
