@@ -30,17 +30,25 @@ static int tables_fit(const Py_buffer *freqs, const Py_buffer *wide, Py_ssize_t 
            layout->channels <= PY_SSIZE_T_MAX / 2 / layout->plane;
 }
 
+#define MOST_SUMS 511 /* of two symbols */
+
+/* The context that each sum of two neighbours stands for: looked up, since a division takes longer than all else that is done for a symbol. */
+static void fill_contexts(uint16_t *of_sum, const Layout *layout)
+{
+    for (Py_ssize_t sum = 0; sum < 2 * layout->levels - 1; sum++)
+        of_sum[sum] = (uint16_t)(sum * (layout->contexts - 1) / (2 * layout->levels - 1));
+}
+
 /* Which of a channel's tables codes the symbol at place `index` of its plane: the last for the first one, else by the sum of the symbols to the left and
  * above, the other standing in for one that is not there. All symbols before `here` are below `levels`. */
-static inline Py_ssize_t context(const uint8_t *here, Py_ssize_t index, const Layout *layout)
+static inline Py_ssize_t context(const uint8_t *here, Py_ssize_t index, Py_ssize_t column, const Layout *layout, const uint16_t *of_sum)
 {
     if (layout->contexts == 1)
         return 0;
     if (!index)
         return layout->contexts - 1;
-    const int first_column = index % layout->width == 0, first_row = index < layout->width;
-    const Py_ssize_t left = first_column ? here[-layout->width] : here[-1], above = first_row ? here[-1] : here[-layout->width];
-    return (left + above) * (layout->contexts - 1) / (2 * layout->levels - 1);
+    const uint8_t left = here[column ? -1 : -layout->width], above = here[index < layout->width ? -1 : -layout->width];
+    return of_sum[left + above];
 }
 
 static PyObject *encode(PyObject *module, PyObject *args)
@@ -74,11 +82,14 @@ static PyObject *encode(PyObject *module, PyObject *args)
     const int precision = layout.precision;
     const uint32_t mask = ((uint32_t)1 << precision) - 1;
     const uint64_t unit = 256 * LOWER >> precision;
+    uint16_t of_sum[MOST_SUMS];
+    fill_contexts(of_sum, &layout);
     uint64_t state = 0;
     for (Py_ssize_t channel = layout.channels; channel-- > 0;) {
-        for (Py_ssize_t index = layout.plane; index-- > 0;) {
+        for (Py_ssize_t index = layout.plane, column = 0; index-- > 0;) {
+            column = (column ? column : layout.width) - 1;
             const uint8_t *here = symbol + channel * layout.plane + index;
-            const Py_ssize_t row = channel * layout.contexts + context(here, index, &layout);
+            const Py_ssize_t row = channel * layout.contexts + context(here, index, column, &layout, of_sum);
             const uint16_t *freq = (const uint16_t *)freqs.buf + row * layout.levels;
             const uint16_t *start = (const uint16_t *)starts.buf + row * layout.levels;
             const uint16_t *slot = (const uint16_t *)slots.buf + (row << precision);
@@ -133,10 +144,13 @@ static PyObject *decode(PyObject *module, PyObject *args)
     uint8_t *here = (uint8_t *)PyBytes_AsString(symbols);
     const int precision = layout.precision;
     const uint32_t mask = ((uint32_t)1 << precision) - 1;
+    uint16_t of_sum[MOST_SUMS];
+    fill_contexts(of_sum, &layout);
     uint64_t state = 0;
     for (Py_ssize_t channel = 0; channel < layout.channels; channel++) {
-        for (Py_ssize_t index = 0; index < layout.plane; index++, here++) {
-            const Py_ssize_t row = channel * layout.contexts + context(here, index, &layout);
+        for (Py_ssize_t index = 0, column = 0; index < layout.plane; index++, here++) {
+            const Py_ssize_t row = channel * layout.contexts + context(here, index, column, &layout, of_sum);
+            column = column + 1 < layout.width ? column + 1 : 0;
             const uint16_t *freq = (const uint16_t *)freqs.buf + row * layout.levels;
             const uint32_t *entry = (const uint32_t *)entries.buf + (row << precision);
             while (state < LOWER && in < end)
