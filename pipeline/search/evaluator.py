@@ -23,7 +23,7 @@ from pipeline.costs.energy import RASPBERRY_PI_4, energy_mj
 from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_frame_bytes
 from pipeline.costs.link import Link, wire_bytes
 from pipeline.data import EVALUATION_BATCH, Sent, Split, normalise
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, ParamsError
 from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.losses import feature_loss, logits_loss
 from pipeline.networks import layers_up_to, pruner, split_network, tables_of
@@ -84,7 +84,12 @@ class Evaluator:
         self.reference_accuracy = accuracy(self.backbone, validation)
 
     def space(self) -> Space:
-        """The candidates that can run: legal codecs for every cut, legal keep ratios for every block with channels to prune."""
+        """The candidates that can run: legal codecs for every cut, legal keep ratios for every block with channels to prune.
+
+        Raises:
+            ParamsError: a width, stride or keep ratio that fits nowhere.
+        """
+        self._check_settings()
         codes = {}
         for point in self.cuts[1:-1]:
             channels = [width for width in self.settings.code_channels if _codec_fits(point.shape, width, 1)]
@@ -103,6 +108,30 @@ class Evaluator:
             settings.precision,
             list(zip(self.codec.shares, self.codec.bits, strict=True)) if several else (),
         )
+
+    def _check_settings(self) -> None:
+        shapes = [point.shape for point in self.cuts[1:-1] if len(point.shape) == 3]
+        for number, width in enumerate(self.settings.code_channels):
+            if shapes and not any(_codec_fits(shape, width, 1) for shape in shapes):
+                widest = max(shape[0] for shape in shapes)
+                raise ParamsError(f"search.code_channels.{number} is {width}, but no cut has more than {widest} channels; choose at most that.")
+        for number, stride in enumerate(self.settings.strides):
+            if shapes and not any(_codec_fits(shape, 1, stride) for shape in shapes):
+                raise ParamsError(f"search.strides.{number} is {stride}, which divides the height and width of no cut; choose a smaller one.")
+        whole = self.cuts[-1].name
+        blocks = list(layers_up_to(self.cuts, whole))
+        for number, ratio in enumerate(self.settings.keep):
+            reasons = [reason for block in blocks if (reason := self._refusal(whole, block, ratio))]
+            if reasons and not isinstance(self._pruners[whole], ModelError) and not any(self._prunes(whole, block, ratio) for block in blocks):
+                raise ParamsError(f"search.keep.{number} is {ratio}, which suits no block: {reasons[0]}")
+
+    def _refusal(self, cut: str, block: str, ratio: float) -> str:
+        """Why the block cannot be pruned so; empty if it can."""
+        try:
+            self._plan(cut, {block: ratio})
+        except ModelError as error:
+            return str(error)
+        return ""
 
     def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
         """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""

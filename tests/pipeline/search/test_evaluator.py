@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from models.cutting import count_macs, cut_points, split
 from models.pruning import prune_head
 from pipeline.data import normalise
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, ParamsError
 from pipeline.networks import layers_up_to, split_network
 from pipeline.params import Codec
 from pipeline.runtime.frame import OVERHEAD_BYTES
@@ -137,12 +137,25 @@ def test_edge_only_sends_webp(make):
 
 
 def test_only_what_can_run_is_offered(make):
-    space = make(keep=[0.05, 0.5], code_channels=[2, 12, 64], strides=[1, 4, 8]).space()
+    space = make(keep=[0.05, 0.5], code_channels=[2, 12], strides=[1, 4, 8]).space()
     assert space.codes == {"stem.2": ([2], [1, 4, 8]), "block1": ([2], [1, 4, 8]), "down.2": ([2, 12], [1, 4]), "block2": ([2, 12], [1, 4])}
     assert space.keep("stem.2") == {"stem.2": (0.5, 1.0)}, "a codec follows, so the cut's own channels may go"
     assert space.keep("block1") == {"stem.2": (0.5, 1.0), "block1": (0.5, 1.0)}, "0.05 of 8 channels is none"
     assert set(space.keep("output")) == {"stem.2", "block1", "down.2", "block2"}
     assert space.keep("output")["block2"] == (0.05, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"code_channels": [4, 512]}, "search.code_channels.1 is 512, but no cut has more than 16 channels; choose at most that"),
+        ({"strides": [32]}, "search.strides.0 is 32, which divides the height and width of no cut; choose a smaller one"),
+        ({"keep": [1.0, 0.01]}, "search.keep.1 is 0.01, which suits no block: keep ratio 0.01 of block stem.2 would leave layer stem.0"),
+    ],
+)
+def test_what_fits_nowhere_is_named(make, settings, words):
+    with pytest.raises(ParamsError, match=words):
+        make(**settings).space()
 
 
 def test_what_is_offered_can_be_measured(make):
