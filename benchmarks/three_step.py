@@ -434,7 +434,8 @@ def main() -> None:
             raw["references"][backbone] = reference(backbone, WEIGHTS[backbone], _longest(backbone))
             save()
 
-    for point in (point for chain in chains() for point in chain if arguments.only in point.name):
+    wanted = [point for chain in chains() for point in chain if arguments.only in point.name]
+    for point in wanted:
         if not Path(point.weights).exists():
             refer(point.backbone)
         if (known := raw["points"].get(point.name)) and known["key"] == point.key():
@@ -446,7 +447,7 @@ def main() -> None:
         row = {"key": point.key(), "costs": costs_key(), "point": fields, **point.facts(), "validation": point.judged(load_split("validation"))}
         raw["points"][point.name] = row | {"seconds": round(time.perf_counter() - began, 1)}
         save()
-    for backbone in WEIGHTS:
+    for backbone in dict.fromkeys(point.backbone for point in wanted):
         refer(backbone)
     for point in (point for chain in chains() for point in chain):
         row, best = raw["points"].get(point.name), raw["references"].get(point.backbone)
