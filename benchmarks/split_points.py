@@ -96,7 +96,7 @@ class Point:
     def key(self) -> str:
         """Names everything its weights depend on."""
         fields = asdict(self) | {"before": self.before.key() if self.before else None, "weights": digest(Path(self.weights))}
-        if not self.evenly:
+        if not self.evenly:  # as in the keys of points trained before there was a choice
             del fields["evenly"]
         return named(fields, recipe())
 

@@ -162,6 +162,8 @@ def figures_of(raw: Raw) -> dict[str, Any]:
     found: dict[str, Any] = {}
     rows = list(raw["points"].values())
     images = [row for row in rows if row["point"].get("image_format") == "webp"]
+    if not any(row["point"]["epochs"] for row in images):
+        images = []  # plain WebP alone would flatter us
     splits = [row for row in rows if "codec" in row["point"]]
     for backbone, cuts in CUTS.items():
         best = raw["references"].get(backbone)

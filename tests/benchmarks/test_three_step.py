@@ -23,8 +23,8 @@ def split(kind: str, bits: float, validation: float, test: float | None) -> dict
     return row | ({"test": {"accuracy": test, **sizes(bits)}} if test is not None else {})
 
 
-def webp(bits: float, validation: float, test: float) -> dict[str, Any]:
-    point = {"backbone": "resnet20", "image_format": "webp", "quality": 50, "epochs": 0}
+def webp(bits: float, validation: float, test: float, epochs: int = 0) -> dict[str, Any]:
+    point = {"backbone": "resnet20", "image_format": "webp", "quality": 50, "epochs": epochs}
     return {"point": point, "validation": {"accuracy": validation, **sizes(bits)}, "test": {"accuracy": test, **sizes(bits)}}
 
 
@@ -34,7 +34,8 @@ def figures(*rows: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_cheapest_point_within_a_point_on_validation_is_the_figure() -> None:
     rows = split("rate", 300, 0.891, 0.871), split("uniform", 200, 0.890, 0.8676), split("rate", 100, 0.889, 0.88), split("bottlenet++", 10, 0.9, 0.9)
-    found = figures(*rows, webp(800, 0.895, 0.875))
+    assert figures(*rows, webp(800, 0.895, 0.875))["bits_over_webp.first"]["value"] is None, "not before WebP that was trained on is there too"
+    found = figures(*rows, webp(800, 0.895, 0.875), webp(900, 0.895, 0.875, epochs=3))
     assert found["bits_at_1pt.resnet20.first"]["value"] == 200
     assert "uniform" in found["bits_at_1pt.resnet20.first"]["how"]
     assert found["frame_bytes_at_1pt.resnet20.first"]["value"] == 38
