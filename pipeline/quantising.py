@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,14 +20,10 @@ LAYERS = {"Conv", "Gemm", "MatMul"}
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, name: str, batches: Iterable[NDArray[np.float32]]) -> None:
-        self.name, self.batches, self.count = name, iter(batches), 0
+        self.feeds = ({name: batch} for batch in batches)
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        batch = next(self.batches, None)
-        if batch is None or not len(batch):
-            return None
-        self.count += len(batch)
-        return {self.name: batch}
+        return next(self.feeds, None)
 
 
 def quantise(model: bytes, batches: Iterable[NDArray[np.float32]]) -> bytes:
@@ -38,13 +35,18 @@ def quantise(model: bytes, batches: Iterable[NDArray[np.float32]]) -> bytes:
     Raises:
         ModelError: there is no calibration image, or ONNX Runtime cannot quantise the model.
     """
-    whole = onnx.load_from_string(model)
-    images = _Images(whole.graph.input[0].name, batches)
+    filled = (batch for batch in batches if len(batch))
+    first = next(filled, None)
+    if first is None:
+        raise ModelError("calibration of the int8 device half got no image; check data.path and data.validation_fraction in params.yaml.")
+    images = _Images(onnx.load_from_string(model).graph.input[0].name, itertools.chain([first], filled))
     with tempfile.TemporaryDirectory(prefix="coinfer-") as folder:
-        prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        given, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("given", "prepared", "int8"))
+        given.write_bytes(model)
         try:
-            # Folds batch norms into convolutions, without which they would stay float32 in between.
-            quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+            # Folds batch norms into convolutions, without which they would stay float32 in between. A model given in
+            # memory loses its constants there, and a reduction over axes that are constants then fails.
+            quant_pre_process(given, prepared, skip_symbolic_shape=True)
             quantize_static(
                 prepared,
                 quantised,
@@ -56,8 +58,6 @@ def quantise(model: bytes, batches: Iterable[NDArray[np.float32]]) -> bytes:
                 nodes_to_quantize=_nodes(onnx.load(prepared).graph),
             )
         except Exception as error:  # it raises many unrelated kinds
-            if not images.count:
-                raise ModelError("calibration of the int8 device half got no image; check data.path and data.validation_fraction in params.yaml.") from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"the device half cannot be quantised to int8 ({reason}); set search.precision to fp32.") from error
         return canonical_bytes(onnx.load(quantised))

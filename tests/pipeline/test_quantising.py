@@ -52,3 +52,19 @@ def test_the_same_calibration_gives_the_same_bytes_and_another_not(half: bytes) 
 def test_calibration_on_nothing_is_refused(half: bytes, batches: list[np.ndarray]) -> None:
     with pytest.raises(ModelError, match=r"calibration of the int8 device half got no image; check data\.path"):
         quantise(half, batches)
+
+
+def test_a_whole_network_with_a_mean_over_axes_can_be_quantised(tiny_backbone: nn.Module) -> None:
+    class Pooled(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return nn.functional.adaptive_avg_pool2d(images, 1).flatten(1)
+
+    model = export_onnx(nn.Sequential(nn.Conv2d(3, 8, 3), Pooled()), torch.zeros(2, 3, 16, 16), input_name="image", output_name="symbols")
+    assert np.abs(symbols(model) - symbols(quantise(model, [IMAGES]))).max() < 0.1
+
+
+def test_what_is_no_model_is_refused_as_such() -> None:
+    empty = onnx.helper.make_graph([onnx.helper.make_node("NoSuch", ["image"], ["symbols"])], "g", [], [])
+    empty.input.append(onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, 16, 16]))
+    with pytest.raises(ModelError, match=r"the device half cannot be quantised to int8 \(.+\); set search\.precision to fp32"):
+        quantise(onnx.helper.make_model(empty).SerializeToString(), [IMAGES])
