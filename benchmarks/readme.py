@@ -12,8 +12,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import RESULTS, ROOT
-from benchmarks.three_step import CUTS
 from benchmarks.three_step_pictures import against_macs, fronts, over_links, over_noise
+from benchmarks.three_step_points import CUTS
 from pipeline.files import atomic_path, atomic_write_text
 from pipeline.plots import latency_against_rate, latency_breakdown
 from pipeline.report import heading

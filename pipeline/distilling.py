@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ class Distiller(Classifier):
     The teacher stays in eval mode, is not trained and not saved. It sees the images as they were before a `DataModule.view`.
     """
 
-    def __init__(self, network: nn.Module, teacher: nn.Module, settings: Pretrain | Finetune, label_smoothing: float, frozen: Sequence[nn.Module] = ()) -> None:
-        super().__init__(network, settings, label_smoothing, frozen)
+    def __init__(self, network: nn.Module, teacher: nn.Module, settings: Pretrain | Finetune, label_smoothing: float) -> None:
+        super().__init__(network, settings, label_smoothing)
         # A tuple, so that torch does not count the teacher among the weights that are trained, averaged and checkpointed.
         self._teacher = (teacher.eval().to(memory_format=torch.channels_last),)
         self.distill_logits, self.temperature = settings.distill_logits, settings.temperature

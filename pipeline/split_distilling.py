@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -16,20 +14,12 @@ from pipeline.params import Finetune
 class SplitDistiller(Distiller):
     """A split taught by the logits of `teacher`: the loss of `Distiller` + the codec's own + `distill_feature` x `feature_loss`.
 
-    `teacher` is a whole network, or the (head, tail) of one cut where `network` is. The feature that a whole one cannot show is the split's own, which is
-    the teacher's as long as its head is frozen.
+    `teacher` is a whole network, or the (head, tail) of one cut where `network` is. The feature that a whole one cannot show is the split's own.
     """
 
-    def __init__(
-        self,
-        network: CoInference,
-        teacher: nn.Module | tuple[nn.Module, nn.Module],
-        settings: Finetune,
-        label_smoothing: float,
-        frozen: Sequence[nn.Module] = (),
-    ) -> None:
+    def __init__(self, network: CoInference, teacher: nn.Module | tuple[nn.Module, nn.Module], settings: Finetune, label_smoothing: float) -> None:
         head, rest = teacher if isinstance(teacher, tuple) else (None, teacher)
-        super().__init__(network, rest, settings, label_smoothing, frozen)
+        super().__init__(network, rest, settings, label_smoothing)
         self._head = (head.eval().to(memory_format=torch.channels_last),) if head else ()
         self.distill_feature = settings.distill_feature
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,31 +120,25 @@ class Evaluator:
         whole = self.cuts[-1].name
         blocks = list(layers_up_to(self.cuts, whole))
         for number, ratio in enumerate(self.settings.keep):
-            reasons = [reason for block in blocks if (reason := self._refusal(whole, block, ratio))]
-            if reasons and not isinstance(self._pruners[whole], ModelError) and not any(self._prunes(whole, block, ratio) for block in blocks):
-                raise ParamsError(f"search.keep.{number} is {ratio}, which suits no block: {reasons[0]}")
-
-    def _refusal(self, cut: str, block: str, ratio: float) -> str:
-        """Why the block cannot be pruned so; empty if it can."""
-        try:
-            self._plan(cut, {block: ratio})
-        except ModelError as error:
-            return str(error)
-        return ""
+            answers = [self._lost(whole, block, ratio) for block in blocks]
+            refusals = [answer for answer in answers if isinstance(answer, ModelError)]
+            if refusals and not isinstance(self._pruners[whole], ModelError) and not any(answer is True for answer in answers):
+                raise ParamsError(f"search.keep.{number} is {ratio}, which suits no block: {refusals[0]}")
 
     def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
         """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""
         if cut not in self._keep:
             ratios = [ratio for ratio in sorted(self.settings.keep) if ratio < 1]
-            legal = {block: [ratio for ratio in ratios if self._prunes(cut, block, ratio)] for block in layers_up_to(self.cuts, cut)}
+            legal = {block: [ratio for ratio in ratios if self._lost(cut, block, ratio) is True] for block in layers_up_to(self.cuts, cut)}
             self._keep[cut] = {block: (*found, 1.0) for block, found in legal.items() if found}
         return self._keep[cut]
 
-    def _prunes(self, cut: str, block: str, ratio: float) -> bool:
-        """Whether the block can be pruned so, and loses something by it."""
-        with suppress(ModelError):
+    def _lost(self, cut: str, block: str, ratio: float) -> bool | ModelError:
+        """Whether the block loses channels when pruned so, or why it cannot be."""
+        try:
             return bool(self._plan(cut, {block: ratio}).kept)
-        return False
+        except ModelError as error:
+            return error
 
     def _head(self, cut: str) -> nn.Module:
         """The device half of the backbone, sharing its weights."""

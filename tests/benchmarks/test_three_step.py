@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.noise import pam, sigma
-from benchmarks.three_step import CUTS, chains, figures_of, pruning_figures
+from benchmarks.three_step_figures import figures_of, pruning_figures
+from benchmarks.three_step_points import CUTS, every_point
 
 FIRST = CUTS["resnet20"]["first"]
 
@@ -52,6 +53,15 @@ def test_a_point_that_loses_more_on_test_is_none_and_no_dearer_one_takes_its_pla
     assert "1.30 points on test" in found["bits_at_1pt.resnet20.first"]["how"]
 
 
+def test_a_configuration_is_judged_by_the_mean_of_its_seeds() -> None:
+    rows = {f"a, seed {seed}": split("rate", 90 + 10 * seed, 0.889 + 0.001 * seed, 0.865 + 0.002 * seed) for seed in range(3)}
+    lucky = {"b, seed 0": split("rate", 50, 0.8895, 0.88), "c": split("rate", 300, 0.895, 0.88)}
+    found = figures_of({"points": rows | lucky, "references": {"resnet20": {"validation": 0.9, "test": 0.8785}}})["bits_at_1pt.resnet20.first"]
+    assert (found["value"], found["n"], found["spread"]) == (100, 3, [90, 110])
+    del rows["a, seed 2"]["test"]
+    assert figures_of({"points": rows, "references": {"resnet20": {"validation": 0.9, "test": 0.8785}}})["bits_at_1pt.resnet20.first"]["value"] is None
+
+
 def test_nothing_is_claimed_before_a_test_reading() -> None:
     found = figures(split("rate", 100, 0.895, None))
     assert found["bits_at_1pt.resnet20.first"]["value"] is None
@@ -87,7 +97,7 @@ def test_symbols_over_noise_are_judged_where_pam_is_nearest() -> None:
 
 
 def test_every_point_of_a_sweep_has_a_name_of_its_own() -> None:
-    names = [point.name for chain in chains() for point in chain]
+    names = [point.name for point in every_point()]
     assert len(set(names)) == len(names)
 
 

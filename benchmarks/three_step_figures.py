@@ -1,0 +1,226 @@
+"""The figures of results/three_step.json, made from its raw rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.end_to_end import SLOWDOWNS
+from benchmarks.results_file import figure
+from benchmarks.three_step_points import CUTS
+
+PAM_BELOW_DB = 15
+VL_VFE = "VL-VFE publishes 12 to 16 at 90.8 to 92.0 %, 20 to 23 at 91.8 to 92.1 %, on the original CIFAR-10 with 304 M device MACs"
+MORE_LOST = 0.5  # points that a pruned half may lose beyond the unpruned one
+LOSS = 0.010  # of accuracy, on validation
+TEST_LOSS = 0.0125  # what a point may lose on test before its figure is null
+TOLERANCE = 1e-9  # accuracies are floats
+
+Raw = dict[str, Any]
+
+
+def figures_of(raw: Raw) -> dict[str, Any]:
+    """The issue's figures that can be had from what was run so far."""
+    found: dict[str, Any] = {}
+    rows = pooled(raw["points"])
+    images = [row for row in rows if row["point"].get("image_format") == "webp"]
+    if not any(row["point"]["epochs"] for row in images):
+        images = []  # plain WebP alone would flatter us
+    splits = [row for row in rows if "codec" in row["point"]]
+    for backbone, cuts in CUTS.items():
+        best = raw["references"].get(backbone)
+        found[f"reference_accuracy.{backbone}"] = (
+            figure(best["test"], "share", "top-1 on test of the better on validation of the backbone as it came and after as many further epochs")
+            if best
+            else figure(None, "share", "not run yet")
+        )
+        for where, cut in cuts.items():
+            here = [row for row in splits if row["point"]["backbone"] == backbone and row["point"]["cut"] == cut]
+            point = _cheapest([row for row in here if row["point"]["codec"]["kind"] in ("uniform", "codebook", "rate")], best)
+            found[f"bits_at_1pt.{backbone}.{where}"] = _bits(point, best, "payload_bits", "mean payload bits of the cheapest codec at most 1 point below")
+            found[f"frame_bytes_at_1pt.{backbone}.{where}"] = _bits(point, best, "frame_bytes", "mean frame bytes of the same point")
+            if backbone == "resnet20":
+                others = [row for row in here if row["point"]["codec"]["kind"] == "bottlenet++"]
+                found[f"bits_over_bottlenetpp.{where}"] = _ratio(point, _cheapest(others, best, "uncoded_bits"), best, "uncoded_bits")
+                found[f"bits_over_bottlenetpp_coded.{where}"] = _ratio(point, _cheapest(others, best), best, "payload_bits")
+                found[f"bits_over_webp.{where}"] = _ratio(point, _cheapest(images, best), best, "payload_bits")
+    best = raw["references"].get("resnet20")
+    found |= noise_figures(splits, best) | pruning_figures(raw) | {"rate_saving_at_half_pt": _rate_saving(splits, raw["references"].get("resnet20"))}
+    if "end_to_end" in raw:
+        found |= end_to_end_figures(raw["end_to_end"])
+    found["webp_bits_at_1pt"] = _bits(_cheapest(images, best), best, "payload_bits", "mean bits without container of the cheapest WebP at most 1 point below")
+    return found
+
+
+def pooled(points: Mapping[str, Raw]) -> list[Raw]:
+    """A row for each configuration, its accuracies and sizes the means over its seeds, whose own rows are in `of_seeds`; `points` come by name."""
+    found: dict[str, list[Raw]] = {}
+    for name, row in points.items():
+        found.setdefault(name.partition(", seed ")[0], []).append(row)
+    return [_pooled(rows) for rows in found.values()]
+
+
+def _pooled(rows: list[Raw]) -> Raw:
+    """The mean on test only once every seed was judged there."""
+    known = [data for data in ("validation", "test") if all(data in row for row in rows)]
+    rest = {name: value for name, value in rows[0].items() if name not in ("validation", "test")}
+    return rest | {data: _average([row[data] for row in rows]) for data in known} | {"of_seeds": rows}
+
+
+def _average(values: list[Any]) -> Any:
+    if isinstance(values[0], dict):
+        return {name: _average([value[name] for value in values]) for name in values[0]}
+    return mean(values) if isinstance(values[0], int | float) else values[0]
+
+
+def _rate_saving(rows: list[Raw], best: Raw | None) -> dict[str, Any]:
+    """The share of bits that `rate` saves on `uniform`, each at most half a point below the reference on validation: the median over cuts."""
+    savings = {}
+    for where, cut in CUTS["resnet20"].items():
+        here = [row for row in rows if row["point"]["backbone"] == "resnet20" and row["point"]["cut"] == cut]
+        kinds = ("rate", "uniform")
+        rate, uniform = (_cheapest([row for row in here if row["point"]["codec"]["kind"] == kind], best, loss=LOSS / 2) for kind in kinds)
+        if rate and uniform:
+            savings[where] = 1 - _mean(rate["validation"]["payload_bits"]) / _mean(uniform["validation"]["payload_bits"])
+    if len(savings) < len(CUTS["resnet20"]):
+        return figure(None, "share", f"no points of both kinds within half a point yet, other than at {', '.join(savings) or 'none'}")
+    how = ", ".join(f"{where} {saving:.2f}" for where, saving in savings.items())
+    return figure(median(savings.values()), "share", f"median over cuts, payload bits on validation: {how}", n=len(savings))
+
+
+def noise_figures(rows: list[Raw], best: Raw | None = None) -> dict[str, Any]:
+    """By how much analogue symbols beat the best PAM of the same network, the widest, at the level under 15 dB where that is least; and how few do."""
+    analogue = sorted((row for row in rows if row["point"]["codec"]["kind"] == "jscc-awgn"), key=lambda row: row["validation"]["channel_uses"])
+    if not analogue:
+        return {name: figure(None, unit, "not run yet") for name, unit in (("jscc_minus_pam_points_min", "points"), ("jscc_symbols_at_1pt", "symbols"))}
+    row, few = analogue[-1], next((row for row in analogue if best and near(row, best)), None)
+    found = row.get("test", row["validation"])
+    most = {level: max(levels[level] for name, levels in found.items() if name.startswith("pam ")) for level in found["analogue"]}
+    margins = {level: 100 * (found["analogue"][level] - most[level]) for level in most if float(level) < PAM_BELOW_DB}
+    worst = min(margins, key=lambda level: margins[level])
+    how = f"at {worst} dB, {found['channel_uses']} channel uses, against the best of 1 to 4 bit PAM there, on {'test' if 'test' in row else 'validation'}"
+    found_few = (
+        f"real symbols an image, at 25 dB {100 * few['validation']['accuracy']:.2f} % on validation" if few else "none within 1 point on validation at 25 dB"
+    )
+    return {
+        "jscc_minus_pam_points_min": figure(margins[worst], "points", how, n=len(margins)),
+        "jscc_symbols_at_1pt": figure(few["validation"]["channel_uses"] if few else None, "symbols", f"{found_few}; {VL_VFE}"),
+    }
+
+
+def near(row: Any, best: Any, data: str = "validation", loss: float = LOSS) -> bool:
+    return bool(best[data] - row[data]["accuracy"] <= loss + TOLERANCE)
+
+
+def _cheapest(rows: list[Raw], best: Raw | None, size: str = "payload_bits", loss: float = LOSS) -> Raw | None:
+    """Of the points at most `loss` below the reference on validation the one of fewest bits."""
+    good = [row for row in rows if best and near(row, best, loss=loss)]
+    return min(good, key=lambda row: _mean(row["validation"][size]), default=None)
+
+
+def _mean(size: Any) -> float:
+    return float(size["mean"] if isinstance(size, dict) else size)
+
+
+def _bits(point: Raw | None, best: Raw | None, size: str, how: str) -> dict[str, Any]:
+    unit = "bytes" if size == "frame_bytes" else "bits"
+    if point is None or best is None:
+        return figure(None, unit, "no point that was run is within 1 point on validation")
+    if "test" not in point:
+        return figure(None, unit, "not judged on test yet")
+    loss = best["test"] - point["test"]["accuracy"]
+    label = f"{how}: {_label(point)}, loses {100 * loss:.2f} points on test, {100 * (best['validation'] - point['validation']['accuracy']):.2f} on validation"
+    if not near(point, best, "test", TEST_LOSS):
+        return figure(None, unit, f"{label}, more than {100 * TEST_LOSS:g}")
+    found = [_mean(row["test"][size]) for row in point["of_seeds"]]
+    return figure(mean(found), unit, label, n=len(found), spread=(min(found), max(found)) if len(found) > 1 else None)
+
+
+def _ratio(ours: Raw | None, theirs: Raw | None, best: Raw | None, size: str) -> dict[str, Any]:
+    """Our payload bits over `size` of theirs, both on test."""
+    if best is None or any(row is None or "test" not in row or not near(row, best, "test", TEST_LOSS) for row in (ours, theirs)):
+        return figure(None, "ratio", "no point of ours or of theirs is near the reference on validation and test, or none judged yet")
+    assert ours is not None
+    assert theirs is not None
+    seeds = min(len(row["of_seeds"]) for row in (ours, theirs))
+    how = f"{_label(ours)} over {_label(theirs)}, {size.replace('_', ' ')}"
+    return figure(_mean(ours["test"]["payload_bits"]) / _mean(theirs["test"][size]), "ratio", how, n=seeds)
+
+
+def _label(row: Raw) -> str:
+    point = row["point"]
+    if "image_format" in point:
+        return f"{point['image_format']} q{point['quality']}{', trained on it' if point['epochs'] else ''}"
+    codec = point["codec"]
+    rate = f" {codec['rate_weight']:g}" if codec["kind"] == "rate" else ""
+    return f"{codec['kind']}{rate} {codec['code_channels']}ch /{codec['stride']} {codec['bits']}bit"
+
+
+def unpruned(rows: Iterable[Raw], pruned: Raw | None) -> Raw | None:
+    """The split that `pruned` would be with all its channels."""
+    same = ("backbone", "cut", "codec", "seed")
+    if pruned is None:
+        return None
+    return next((row for row in rows if not row["point"].get("prune_epochs") and all(row["point"].get(of) == pruned["point"][of] for of in same)), None)
+
+
+def pruning_figures(raw: Raw) -> dict[str, Any]:
+    """MACs and speed of ResNet-56's pruned device halves, where they lose at most half a point more than the unpruned ones."""
+    found: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    lost: dict[str, float] = {}
+    rows = [row for row in raw["points"].values() if row["point"].get("prune_epochs") and row["point"]["backbone"] == "resnet56"]
+    for where, cut in CUTS["resnet56"].items():
+        pruned = next((row for row in rows if row["point"]["cut"] == cut), None)
+        whole = unpruned(raw["points"].values(), pruned)
+        times = raw.get("end_to_end", {}).get("pruned", {}).get(where)
+        found[f"device_speedup.{where}"] = figure(None, "ratio", "not run yet")
+        if pruned is None or whole is None:
+            continue
+        data = "test" if "test" in pruned and "test" in whole else "validation"
+        lost[where] = 100 * (whole[data]["accuracy"] - pruned[data]["accuracy"])
+        ratios[where] = (pruned["head_macs"] + pruned["encoder_macs"]) / (whole["head_macs"] + whole["encoder_macs"])
+        if times:
+            before, after = times.values()
+            how = f"median of the unpruned ResNet-56 half over that of the pruned one, encoder included; {lost[where]:.2f} points more lost on {data}"
+            found[f"device_speedup.{where}"] = figure(median(before) / median(after), "ratio", how, n=len(after))
+    if set(ratios) == set(CUTS["resnet56"]):
+        worst = max(ratios, key=lambda where: ratios[where])
+        how = f"pruned over unpruned ResNet-56 half with encoder, the worst of three cuts ({worst}); at most {max(lost.values()):.2f} points more lost"
+        found["device_macs_ratio"] = figure(ratios[worst] if max(lost.values()) <= MORE_LOST else None, "ratio", how, n=len(ratios))
+    else:
+        found["device_macs_ratio"] = figure(None, "ratio", "not run yet")
+    return found
+
+
+def end_to_end_figures(found: Raw) -> dict[str, Any]:
+    """The worst ratio over the grid, and the best speed-up of a real cut at each slowdown."""
+    worst = max(found["grid"], key=lambda place: place["ratio"])
+    at = "{pick} against {baseline} at slowdown {slowdown:g}, {rtt_ms:g} ms, {rate_mbps:.3g} Mbit/s"
+    figures = {"end_to_end_worst_ratio": figure(worst["ratio"], "ratio", at.format(**worst), n=len(found["grid"]))}
+    checks = [row for row in found["through_link"] if row["pick"] in row["ms"]]
+    if checks:
+        at_grid = {(place["slowdown"], place["rtt_ms"], place["rate_mbps"]): place for place in found["grid"]}
+        over = [median(row["ms"][row["pick"]]) / at_grid[row["slowdown"], row["rtt_ms"], row["rate_mbps"]]["pick_ms"] for row in checks]
+        how = "what a pick took through two processes and an emulated link over what was computed for it, median of the places tried"
+        figures["through_link_over_computed"] = figure(median(over), "ratio", how, n=len(over), spread=(min(over), max(over)))
+    accuracies = {way["name"]: way["accuracy"] for way in found["ways"]}
+    pairs = [(name, f"{name}, int8") for name in accuracies if f"{name}, int8" in accuracies]
+    if pairs:
+        speedups = [found["measured"][whole]["device_ms"] / found["measured"][int8]["device_ms"] for whole, int8 in pairs]
+        lost = [100 * (accuracies[whole] - accuracies[int8]) for whole, int8 in pairs]
+        how = "of {} device halves, int8 against float32, one ONNX Runtime thread"
+        figures["int8_speedup"] = figure(median(speedups), "ratio", f"median {how.format(len(pairs))}", n=len(pairs), spread=(min(speedups), max(speedups)))
+        figures["int8_points_lost"] = figure(
+            median(lost), "points", f"on validation, median {how.format(len(pairs))}", n=len(pairs), spread=(min(lost), max(lost))
+        )
+    for slowdown in SLOWDOWNS:
+        real = [place for place in found["grid"] if place["slowdown"] == slowdown and place["real_cut"]]
+        name = f"end_to_end_best_speedup.x{slowdown:g}"
+        if real:
+            best = min(real, key=lambda place: place["ratio"])
+            figures[name] = figure(1 / best["ratio"], "ratio", at.format(**best), n=len(real))
+        else:
+            figures[name] = figure(None, "ratio", "no real cut is picked anywhere on the grid")
+    return figures

@@ -1,0 +1,132 @@
+"""What results/three_step.json trains and measures: chains of points, each point starting from the one before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.image_points import FORMATS, QUALITIES, ImagePoint
+from benchmarks.pruned_points import PrunedPoint
+from benchmarks.split_points import Point, reference_weights
+from models.codec import CodecSpec
+from pipeline.runtime.images import Format
+
+WEIGHTS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
+CUTS = {
+    "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
+    "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
+}
+EPOCHS = {"first": (6, 4), "middle": (12, 2), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
+FURTHER = {"first": (0, 2), "middle": (0, 2), "last": (4, 0)}  # of each point after it
+LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
+DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
+DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
+WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
+IMAGES = (3, 2, 1, 1)  # epochs of the first image quality and of each after it
+RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1.5e-4, 3e-4, 6e-4), "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32)}
+SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
+    "first": ((16, 4, 4), ((16, 4, 3), (16, 4, 2), (8, 4, 2))),
+    "middle": ((16, 4, 4), ((24, 4, 3), (16, 4, 2), (12, 4, 2))),
+    "last": ((16, 4, 3), ((12, 4, 2), (8, 4, 2), (8, 4, 1))),
+}
+SEEDS = (0, 1, 2)
+CHAINS = ("last", "middle", "first")  # what is cheapest to train comes first
+
+
+def chains(seed: int = 0) -> Iterator[Sequence[Any]]:
+    """What matters most comes first."""
+    for chain in _chains():
+        yield [_seeded(point, seed) for point in chain]
+
+
+def every_point() -> Iterator[Any]:
+    """Of all seeds; what knows of none comes with the first."""
+    return (point for seed in SEEDS for chain in chains(seed) for point in chain if not seed or isinstance(point, Point))
+
+
+def _seeded(point: Any, seed: int) -> Any:
+    """`point` and those before it trained with `seed`, if it is one that knows of seeds."""
+    if not isinstance(point, Point):
+        return point
+    return dataclasses.replace(point, seed=seed, before=_seeded(point.before, seed) if point.before else None)
+
+
+def _chains() -> Iterator[Sequence[Any]]:
+    large = CUTS["resnet56"]
+    plain: list[tuple[Format, int]] = [("png", 100), ("webp", 100), *itertools.product(FORMATS, QUALITIES)]
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
+    yield [ImagePoint("resnet20", str(reference_weights("resnet20")), *sent) for sent in plain]
+    yield _images("webp", (50, 30, 20, 10))
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("bottlenet++", width, SIZES[where][0][1], 8) for width in (8, 4, 2, 1)])
+    yield _chain("last", [CodecSpec("bottlenet++", width, 8, 8) for width in (4, 2, 1)])
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("uniform", *size) for size in SIZES[where][1]])
+    yield _chain("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
+    for where in CHAINS:
+        frozen, together = LARGE[where]
+        codec = CodecSpec("rate", *SIZES[where][0], rate_weight=RATES[where][0])
+        point = Point("resnet56", WEIGHTS["resnet56"], large[where], codec, frozen, together)
+        yield [point]
+        yield [dataclasses.replace(point, epochs=together - PRUNING, share=DROPPED, prune_epochs=PRUNING)]
+    yield _whole((0.9, 0.8, 0.7))
+    yield _pruned_small()
+    yield _images("jpeg", (30, 20, 10))
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("codebook", *SIZES[where][1][0])])
+    yield from _two_step()
+    yield _chain("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
+    yield _chain("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
+    yield _chain("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
+    for where in CHAINS:
+        yield _chain(where, [CodecSpec("public-code", 4, 1, 4)])
+
+
+def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
+    points: list[ImagePoint] = []
+    for quality, epochs in zip(qualities, IMAGES, strict=False):
+        points.append(ImagePoint("resnet20", WEIGHTS["resnet20"], image_format, quality, epochs, points[-1] if points else None))
+    return points
+
+
+def _whole(shares: Sequence[float]) -> list[PrunedPoint]:
+    """The network pruned to stay on the device, each from what the one before left; `shares` are of the whole network's channels."""
+    points: list[PrunedPoint] = []
+    for share, before in zip(shares, (1.0, *shares), strict=False):
+        points.append(PrunedPoint("resnet20", WEIGHTS["resnet20"], round(share / before, 3), WHOLE_EPOCHS, before=points[-1] if points else None))
+    return points
+
+
+def _two_step() -> Iterator[list[PrunedPoint]]:
+    """2-step pruning at each cut: all keep 0.8, then what crosses a half, then a half of that."""
+    first = _whole((0.9, 0.8))[-1]
+    for where in CHAINS:
+        cut = CUTS["resnet20"][where]
+        half = PrunedPoint("resnet20", WEIGHTS["resnet20"], 0.5, WHOLE_EPOCHS, cut, first)
+        yield [half, PrunedPoint("resnet20", WEIGHTS["resnet20"], 0.5, WHOLE_EPOCHS, cut, half)]
+
+
+def _pruned_small() -> list[Point]:
+    """ResNet-20's middle half, unpruned, without its least needed blocks, and pruned evenly to as many MACs: the same codec and epochs for each."""
+    frozen, together = EPOCHS["middle"]
+    codec = CodecSpec("rate", *SIZES["middle"][0], rate_weight=RATES["middle"][0])
+    point = Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"]["middle"], codec, frozen, together)
+    pruned = dataclasses.replace(point, epochs=together - PRUNING_SMALL, share=DROPPED_SMALL, prune_epochs=PRUNING_SMALL)
+    return [pruned, dataclasses.replace(pruned, evenly=True)]
+
+
+def _chain(where: str, codecs: list[CodecSpec]) -> list[Point]:
+    points: list[Point] = []
+    for codec in codecs:
+        frozen, together = FURTHER[where] if points else EPOCHS[where]
+        points.append(Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], codec, frozen, together, before=points[-1] if points else None))
+    return points
+
+
+def longest(backbone: str) -> int:
+    """For how many epochs at most the backbone of a split, or the edge's of an image format, is trained on."""
+    sizes = {"resnet20": [EPOCHS, FURTHER, FURTHER, FURTHER], "resnet56": [LARGE]}[backbone]
+    return max([sum(each[where][1] for each in sizes) for where in CHAINS] + [sum(IMAGES)] * (backbone == "resnet20"))
