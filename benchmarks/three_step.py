@@ -25,6 +25,7 @@ from benchmarks.split_points import costs_key, reference, reference_key, referen
 from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
 from benchmarks.three_step_points import CUTS, SEEDS, WEIGHTS, chains, every_point, longest
 from benchmarks.three_step_ways import (
+    EXAMPLE,
     device_only,
     device_only_in_int8,
     expected_ms,
@@ -36,8 +37,9 @@ from benchmarks.three_step_ways import (
     stream_cost,
 )
 from models.backbones import build_backbone
-from pipeline.costs.device_profile import DeviceProfile
+from models.cutting import cut_points
 from pipeline.costs.link import Link
+from pipeline.costs.measure import MeasurePlan, measure_profile
 from pipeline.data import load_card, load_split
 from pipeline.inference import accuracy
 
@@ -52,7 +54,7 @@ Raw = dict[str, Any]
 def run_end_to_end(raw: Raw) -> Raw:
     """Every way within 1 point on validation, timed; the grid; and the places where splitting wins most again, through processes and link.
 
-    What the search could propose is predicted by the profile, as the search does; for the rest an earlier timing stands in.
+    What the search could propose is predicted by a profile of this machine, made first, as the search does; for the rest an earlier timing stands in.
     """
     best, points = raw["references"]["resnet20"], {point.name: point for point in every_point()}
     train, validation = load_split("train"), load_split("validation")
@@ -71,10 +73,11 @@ def run_end_to_end(raw: Raw) -> Raw:
     ways += [*raw_features("resnet20", weights, train, validation), local, device_only_in_int8(local, train, validation)]
     ways += [in_int8(way, train, validation) for way in ways if way.sent == "symbols"]
     images = validation[0].numpy()
+    plan = MeasurePlan.load(ROOT / "profiles/measure.json")
+    profile = measure_profile("three_step", "resnet20", network, EXAMPLE, cut_points(network, EXAMPLE), plan)
     predicted, measured = (
         {name: medians(parts) for name, parts in time_parts(ways, images[start : start + TIMED_IMAGES], ROUNDS).items()} for start in (0, TIMED_IMAGES)
     )
-    profile = DeviceProfile.load(Path("profiles/xeon.json"))
     by_profile = {way.name: expected_ms(way, profile, network, points.get(way.name)) for way in ways}
     predicted |= {name: parts for name, parts in by_profile.items() if parts}
     floor, classes = best["validation"] - LOSS - TOLERANCE, load_card().num_classes

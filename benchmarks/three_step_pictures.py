@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 # Okabe and Ito's palette: told apart with any colour vision; two codecs of a family share a colour.
 COLOURS = {"rate": "#0072B2", "uniform": "#56B4E9", "codebook": "#009E73", "bottlenet++": "#D55E00", "public-code": "#CC79A7", "multi-rate": "#E69F00"}
@@ -19,7 +21,7 @@ Raw = dict[str, Any]
 def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
     """Accuracy on validation against payload bits, a panel for each cut: every codec, and image formats plain and trained on."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(cuts), sharey=True)
+    panels = figure.subplots(1, len(cuts), sharex=True, sharey=True)
     reference = raw["references"].get(backbone, {}).get("validation")
     for axes, (where, cut) in zip(panels, cuts.items(), strict=True):
         for kind, colour in COLOURS.items():
@@ -37,6 +39,9 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
             axes.axhline(reference, color="black", linewidth=0.8)
             axes.axhline(reference - 0.01, color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{where} ({cut})", fontsize="medium")
         axes.set_xlabel("payload bits per image")
         axes.grid(which="major", color="0.9")
@@ -83,14 +88,11 @@ def over_noise(raw: Raw) -> Figure:
         codec, found = row["point"].get("codec", {}), row["validation"]
         uses = f"{found.get('channel_uses')} channel uses"
         if codec.get("kind") == "jscc-awgn":
-            for name in ("analogue", *(name for name in found if name.startswith("pam "))):
-                levels = found[name]
-                style = {"linewidth": 2} if name == "analogue" else {"linestyle": "--", "linewidth": 1}
-                label = f"{name}{' (jscc-awgn)' if name == 'analogue' else ' bit'}, {uses}"
-                left.plot([float(level) for level in levels], list(levels.values()), label=label, **style)
+            best = {level: max(levels[level] for name, levels in found.items() if name.startswith("pam ")) for level in found["analogue"]}
+            drawn = _over(left, found["analogue"], linewidth=2, label=f"jscc-awgn, {uses}")
+            _over(left, best, color=drawn.get_color(), linestyle="--", linewidth=1, label=f"best of 1 to 4 bit PAM, {uses}")
         elif codec.get("kind") in ("jscc-bec", "jscc-bsc"):
-            levels = found["bits"]
-            right.plot([float(level) for level in levels], list(levels.values()), marker="o", label=f"{codec['kind']}, {uses}")
+            _over(right, found["bits"], marker="o", label=f"{codec['kind']}, {uses}")
     left.set_xlabel("PSNR of the channel, dB")
     right.set_xlabel("probability that a bit is lost (bec) or flipped (bsc)")
     left.set_ylabel("top-1 on validation")
@@ -143,3 +145,9 @@ def _places(rows: Iterable[Raw], size: str) -> list[tuple[float, float]]:
 def _line(axes: Axes, places: list[tuple[float, float]], **style: Any) -> None:
     if places:
         axes.plot(*zip(*places, strict=True), markersize=4, linewidth=1.3, **style)
+
+
+def _over(axes: Axes, levels: dict[str, float], **style: Any) -> Line2D:
+    """Values against the levels that name them, in order, which they lose in JSON."""
+    line: Line2D = axes.plot(*zip(*sorted((float(level), value) for level, value in levels.items()), strict=True), **style)[0]
+    return line

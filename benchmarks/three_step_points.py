@@ -25,7 +25,7 @@ DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (3, 2, 1, 1)  # epochs of the first image quality and of each after it
-RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1.5e-4, 3e-4, 6e-4), "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32)}
+RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1e-3, 2e-3, 4e-3, 8e-3), "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32)}
 SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
     "first": ((16, 4, 4), ((16, 4, 3), (16, 4, 2), (8, 4, 2))),
     "middle": ((16, 4, 4), ((24, 4, 3), (16, 4, 2), (12, 4, 2))),
@@ -128,5 +128,7 @@ def _chain(where: str, codecs: list[CodecSpec]) -> list[Point]:
 
 def longest(backbone: str) -> int:
     """For how many epochs at most the backbone of a split, or the edge's of an image format, is trained on."""
-    sizes = {"resnet20": [EPOCHS, FURTHER, FURTHER, FURTHER], "resnet56": [LARGE]}[backbone]
-    return max([sum(each[where][1] for each in sizes) for where in CHAINS] + [sum(IMAGES)] * (backbone == "resnet20"))
+    if backbone == "resnet56":
+        return max(together for _, together in LARGE.values())
+    further = {where: max(len(RATES[where]), 4) - 1 for where in CHAINS}
+    return max(sum(IMAGES), *(EPOCHS[where][1] + further[where] * FURTHER[where][1] for where in CHAINS))
