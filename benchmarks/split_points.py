@@ -52,6 +52,7 @@ RECIPE = 5  # to be raised with any change to what a training computes: points t
 COSTS = (
     *(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c", "frame.py", "images.py")),
     "pipeline/data.py",
+    "pipeline/networks.py",
     "models/channels.py",
 )
 THREADS = 2
@@ -62,7 +63,8 @@ SETTINGS = Finetune(
 FROZEN = SETTINGS.model_copy(update={"learning_rate": 0.05, "distill_feature": 0.2})  # behind a frozen head
 PRUNE_ROUNDS = 3
 STATISTICS_IMAGES, CHOICE_IMAGES = 1_024, 1_000
-TEACHERS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+WEIGHTS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Point:
     def facts(self) -> dict[str, Any]:
         """What does not depend on the images: MACs of head and encoder for one."""
         network = trained(self)
-        head = count_macs(network.head, torch.zeros(1, 3, 32, 32))
+        head = count_macs(network.head, EXAMPLE)
         encoder = count_macs(network.codec.encode, torch.zeros(1, *network.codec.feature_shape))
         return {"head_macs": sum(head.values()), "encoder_macs": sum(encoder.values())}
 
@@ -140,9 +142,9 @@ def backbone_of(point: Point) -> nn.Module:
 @lru_cache(maxsize=2)
 def trained(point: Point) -> CoInference:
     """The network of `point`, trained now unless it was before; so are the points before it."""
-    backbone, example = backbone_of(point), torch.zeros(1, 3, 32, 32)
+    backbone = backbone_of(point)
     torch.manual_seed(point.seed)
-    network = build_split(backbone, example, point.cut, point.codec)
+    network = build_split(backbone, EXAMPLE, point.cut, point.codec)
     file, plan_file = STATE / f"{point.key()}.safetensors", STATE / f"{point.key()}.plan.json"
     if not file.exists():
         if point.before is not None:
@@ -164,19 +166,17 @@ def trained(point: Point) -> CoInference:
 
 def _train_behind(network: CoInference, point: Point) -> None:
     """Codec and tail of `network`, whose head must still be the backbone's: its features are kept for every point of that cut."""
-    backbone, train_split, validation = backbone_of(point), load_split("train"), load_split("validation")
-    head, _ = split_at(backbone, torch.zeros(1, 3, 32, 32), point.cut)
+    head, _ = split_at(backbone_of(point), EXAMPLE, point.cut)
     assert all(torch.equal(tensor, network.head.state_dict()[name]) for name, tensor in head.state_dict().items())
-    folder = STATE / f"features-{named(point.backbone, digest(Path(point.weights)), point.cut, load_card().sha256, SETTINGS.crop_padding, SETTINGS.flip)}"
-    data = FeatureData(head, (None, teacher()), folder, train_split, validation, FROZEN, point.seed)
+    folder = STATE / f"features-{named(point.backbone, digest(Path(point.weights)), point.cut, SETTINGS.crop_padding, SETTINGS.flip, recipe())}"
+    data = FeatureData(head, (None, teacher()), folder, load_split("train"), load_split("validation"), FROZEN, point.seed)
     _fit(BehindHead(network, FROZEN, 0.0), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
 
 
 def _prune(network: CoInference, backbone: nn.Module, point: Point) -> ChannelPlan:
     """Trains `network` while the residual blocks that it needs least are silenced; what is left of its head then."""
-    example = torch.zeros(1, 3, 32, 32)
-    layers = layers_up_to(cut_points(backbone, example), point.cut)
-    chooser = Pruner(network.head, example, layers)
+    layers = layers_up_to(cut_points(backbone, EXAMPLE), point.cut)
+    chooser = Pruner(network.head, EXAMPLE, layers)
     keep = _even(network.head, chooser, point.share) if point.evenly else dict.fromkeys(_least_needed(network, chooser, layers, point.share), 0.0)
     soft = SoftPruning(network.head, chooser, keep, PRUNE_ROUNDS, "l1")
     lesson = SplitDistiller(network, teacher(), SETTINGS, 0.0)
@@ -186,11 +186,11 @@ def _prune(network: CoInference, backbone: nn.Module, point: Point) -> ChannelPl
 
 def _even(head: nn.Module, chooser: Pruner, share: float) -> dict[str, float]:
     """The largest of 15/16, 14/16, ... that, kept of every group, leaves at most 1 - `share` of the head's MACs."""
-    example, scores = torch.zeros(1, 3, 32, 32), chooser.scores(head)
-    whole = sum(count_macs(head, example).values())
+    scores = chooser.scores(head)
+    whole = sum(count_macs(head, EXAMPLE).values())
     for sixteenths in range(15, 0, -1):
         keep = dict.fromkeys(chooser.groups, sixteenths / 16)
-        if sum(count_macs(rebuild(head, chooser.plan(keep, scores)), example).values()) <= (1 - share) * whole:
+        if sum(count_macs(rebuild(head, chooser.plan(keep, scores)), EXAMPLE).values()) <= (1 - share) * whole:
             return keep
     raise ModelError(f"no even pruning removes {share:.0%} of the head's MACs; choose less.")
 
@@ -198,7 +198,7 @@ def _even(head: nn.Module, chooser: Pruner, share: float) -> dict[str, float]:
 def _least_needed(network: CoInference, chooser: Pruner, layers: Mapping[str, Sequence[str]], share: float) -> list[str]:
     """The blocks without which, one at a time, most validation images are still classified right, until they compute `share` of the head's MACs."""
     images, labels = (part[:CHOICE_IMAGES] for part in load_split("validation"))
-    macs, scores = count_macs(network.head, torch.zeros(1, 3, 32, 32)), chooser.scores(network.head)
+    macs, scores = count_macs(network.head, EXAMPLE), chooser.scores(network.head)
     found: list[tuple[float, str, int]] = []
     network.eval()
     for block in layers:
@@ -217,17 +217,22 @@ def _least_needed(network: CoInference, chooser: Pruner, layers: Mapping[str, Se
     return chosen
 
 
-def reference(backbone: str, weights: str, epochs: int) -> dict[str, Any]:
-    """Accuracy of the better on validation of `backbone` as `weights` have it and after `epochs` more by the splits' recipe, their teacher included."""
-    card, validation, test = load_card(), load_split("validation"), load_split("test")
-    start = build_backbone(backbone, card.num_classes, card.image_size, Path(weights)).eval()
-    further, key = copy.deepcopy(start), reference_key(backbone, weights, epochs)
-    train(Distiller(further, teacher(), SETTINGS, 0.0), f"{backbone}, reference", f"reference-{key}", epochs)
-    found = {name: accuracy(network, validation) for name, network in (("as it came", start), ("further", further))}
+def reference(uncoded: Point) -> dict[str, Any]:
+    """Accuracy of the best on validation of a backbone as its weights have it and after what those of the splits get, without a codec, teacher included.
+
+    That is as many epochs of all, by themselves and after `uncoded`'s others behind the frozen head: its codec is raw-fp32, and none gets more of either.
+    """
+    validation, start = load_split("validation"), backbone_of(uncoded)
+    further, tail_first = copy.deepcopy(start), copy.deepcopy(start)
+    folder = f"reference-{named(uncoded.backbone, digest(Path(uncoded.weights)), uncoded.epochs, recipe())}"
+    train(Distiller(further, teacher(), SETTINGS, 0.0), f"{uncoded.backbone}, reference", folder, uncoded.epochs)
+    # Its halves are those of `tail_first`.
+    build_split(tail_first, EXAMPLE, uncoded.cut, uncoded.codec).load_state_dict(trained(uncoded).state_dict())
+    networks = {"as it came": start, "further": further, "tail first": tail_first}
+    found = {name: accuracy(network.eval(), validation) for name, network in networks.items()}
     best = max(found, key=lambda name: found[name])
-    chosen = further if best == "further" else start
-    atomic_write_bytes(reference_weights(backbone), weights_bytes(chosen))
-    return {"key": key, "epochs": epochs, "better": best, "validation": found[best], "test": accuracy(chosen, test)}
+    atomic_write_bytes(reference_weights(uncoded.backbone), weights_bytes(networks[best]))
+    return {"key": uncoded.key(), "better": best, "of": found, "validation": found[best], "test": accuracy(networks[best], load_split("test"))}
 
 
 def reference_weights(backbone: str) -> Path:
@@ -235,14 +240,9 @@ def reference_weights(backbone: str) -> Path:
     return STATE / f"reference-{backbone}.safetensors"
 
 
-def reference_key(backbone: str, weights: str, epochs: int) -> str:
-    """Names everything a reference depends on."""
-    return named(backbone, digest(Path(weights)), epochs, recipe())
-
-
 def recipe() -> list[Any]:
     settings = [SETTINGS.model_dump(), FROZEN.model_dump(), PRUNE_ROUNDS, STATISTICS_IMAGES, CHOICE_IMAGES, COPIES]
-    return [RECIPE, load_card().sha256, settings, {name: digest(Path(file)) for name, file in TEACHERS.items()}]
+    return [RECIPE, load_card().sha256, settings, {name: digest(Path(file)) for name, file in WEIGHTS.items()}]
 
 
 def named(*known: Any) -> str:
@@ -276,7 +276,7 @@ class Remembered(nn.Module):
 def teacher() -> Remembered:
     """Of every training: the mean of the trained backbones."""
     card = load_card()
-    networks = [build_backbone(name, card.num_classes, card.image_size, Path(file)) for name, file in TEACHERS.items()]
+    networks = [build_backbone(name, card.num_classes, card.image_size, Path(file)) for name, file in WEIGHTS.items()]
     return Remembered(Ensemble(networks).to(memory_format=torch.channels_last), STATE / f"teacher-{named(recipe()[-1])}")
 
 

@@ -7,6 +7,7 @@ the same parameters and code, are not trained again, and the file is written aft
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -21,9 +22,9 @@ from benchmarks.end_to_end import RATES_MBPS, SLOWDOWNS, Way, as_raw, grid, medi
 from benchmarks.image_points import ImagePoint
 from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, write
-from benchmarks.split_points import costs_key, reference, reference_key, reference_weights
+from benchmarks.split_points import costs_key, reference, reference_weights
 from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
-from benchmarks.three_step_points import CUTS, SEEDS, WEIGHTS, chains, every_point, longest
+from benchmarks.three_step_points import CUTS, SEEDS, chains, every_point, uncoded
 from benchmarks.three_step_ways import (
     EXAMPLE,
     device_only,
@@ -60,10 +61,10 @@ def run_end_to_end(raw: Raw) -> Raw:
     train, validation = load_split("train"), load_split("validation")
     ways: list[Way] = []
     for name, row in raw["points"].items():
-        found = row["validation"]
-        if row["point"].get("codec", {}).get("kind") == "multi-rate":
+        found, kind = row["validation"], row["point"].get("codec", {}).get("kind", "")
+        if kind == "multi-rate" or kind.startswith("jscc"):
             continue
-        if row["point"]["backbone"] == "resnet20" and row["point"].get("seed", 0) == 0 and "accuracy" in found and near(row, best):
+        if row["point"]["backbone"] == "resnet20" and row["point"].get("seed", 0) == 0 and near(row, best):
             point = points[name]
             build = of_image if isinstance(point, ImagePoint) else of_pruned if isinstance(point, PrunedPoint) else of_split
             ways.append(build(point, found["accuracy"], found.get("frame_bytes", {"mean": 0.0})["mean"]))
@@ -97,8 +98,10 @@ def run_end_to_end(raw: Raw) -> Raw:
     pairs = {where: _pruned_pair(raw, points, cut) for where, cut in CUTS["resnet56"].items()}
     halves = {where: time_parts([way for _, way in pair], images[:TIMED_IMAGES], ROUNDS) for where, pair in pairs.items() if pair}
     pruned = {where: {name: parts["device_ms"] for name, parts in times.items()} for where, times in halves.items()}
+    timed = [*by_name, *itertools.chain.from_iterable(pruned.values())]
     streams = [{"way": way.name, **stream_cost(way, validation[0][:STREAM_IMAGES])} for way in ways if way.ours]
     return {
+        "keys": {"": best["key"]} | {name: raw["points"][name]["key"] for name in timed if name in raw["points"]},
         "ways": facts,
         "coder": streams,
         "predicted": predicted,
@@ -132,6 +135,11 @@ def main() -> None:
     file, start = RESULTS / f"{NAME}.json", time.monotonic()
     raw: Raw = json.loads(file.read_text())["raw"] if file.exists() else {"points": {}, "references": {}}
     raw["points"] = current(raw)
+    raw["references"] = {backbone: row for backbone, row in raw["references"].items() if row["key"] == uncoded(backbone).key()}
+    if timed := raw.get("end_to_end"):
+        keys = {name: row["key"] for name, row in (raw["points"] | {"": raw["references"].get("resnet20", {"key": None})}).items()}
+        if any(keys.get(name) != key for name, key in timed["keys"].items()):
+            del raw["end_to_end"]
 
     def save() -> None:
         seeds = sorted({row["point"].get("seed", 0) for row in raw["points"].values()})
@@ -146,14 +154,14 @@ def main() -> None:
         return (time.monotonic() - start) / 60 < arguments.minutes
 
     def refer(backbone: str) -> None:
-        key = reference_key(backbone, WEIGHTS[backbone], longest(backbone))
-        if in_time() and raw["references"].get(backbone, {}).get("key") != key:
-            raw["references"][backbone] = reference(backbone, WEIGHTS[backbone], longest(backbone))
+        if in_time() and (backbone not in raw["references"] or not reference_weights(backbone).exists()):
+            raw["references"][backbone] = reference(uncoded(backbone))
+            raw["points"] = current(raw)
             save()
 
     wanted = [point for chain in chains(arguments.seed) for point in chain if arguments.only in point.name]
     for point in wanted:
-        if not Path(point.weights).exists():
+        if isinstance(point, ImagePoint):  # made of the reference
             refer(point.backbone)
         if (known := raw["points"].get(point.name)) and known["key"] == point.key():
             continue

@@ -9,11 +9,10 @@ from typing import Any
 
 from benchmarks.image_points import FORMATS, QUALITIES, ImagePoint
 from benchmarks.pruned_points import PrunedPoint
-from benchmarks.split_points import Point, reference_weights
+from benchmarks.split_points import WEIGHTS, Point, reference_weights
 from models.codec import CodecSpec
 from pipeline.runtime.images import Format
 
-WEIGHTS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
 CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
@@ -31,6 +30,7 @@ SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `un
     "middle": ((16, 4, 4), ((24, 4, 3), (16, 4, 2), (12, 4, 2))),
     "last": ((16, 4, 3), ((12, 4, 2), (8, 4, 2), (8, 4, 1))),
 }
+OTHER_STRIDES = (("last", 2, (2, 1)), ("middle", 8, (16, 8)), ("first", 8, (8, 4)))  # of BottleNet++, and its widths there
 SEEDS = (0, 1, 2)
 CHAINS = ("last", "middle", "first")  # what is cheapest to train comes first
 
@@ -62,7 +62,8 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield _images("webp", (50, 30, 20, 10))
     for where in CHAINS:
         yield _chain(where, [CodecSpec("bottlenet++", width, SIZES[where][0][1], 8) for width in (8, 4, 2, 1)])
-    yield _chain("last", [CodecSpec("bottlenet++", width, 8, 8) for width in (4, 2, 1)])
+    for where, stride, widths in OTHER_STRIDES:
+        yield _chain(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
     for where in CHAINS:
         yield _chain(where, [CodecSpec("uniform", *size) for size in SIZES[where][1]])
     yield _chain("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
@@ -83,12 +84,13 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield _chain("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
     for where in CHAINS:
         yield _chain(where, [CodecSpec("public-code", 4, 1, 4)])
+    yield _chain("last", [CodecSpec("public-code-vector", 16, 1, 4)])
 
 
 def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
     points: list[ImagePoint] = []
     for quality, epochs in zip(qualities, IMAGES, strict=False):
-        points.append(ImagePoint("resnet20", WEIGHTS["resnet20"], image_format, quality, epochs, points[-1] if points else None))
+        points.append(ImagePoint("resnet20", str(reference_weights("resnet20")), image_format, quality, epochs, points[-1] if points else None))
     return points
 
 
@@ -126,9 +128,12 @@ def _chain(where: str, codecs: list[CodecSpec]) -> list[Point]:
     return points
 
 
-def longest(backbone: str) -> int:
-    """For how many epochs at most the backbone of a split, or the edge's of an image format, is trained on."""
+def uncoded(backbone: str) -> Point:
+    """The longest training that a split of `backbone` gets, the codec aside: what its reference gets too."""
+    cut, width = CUTS[backbone]["middle"], 32
     if backbone == "resnet56":
-        return max(together for _, together in LARGE.values())
-    further = {where: max(len(RATES[where]), 4) - 1 for where in CHAINS}
-    return max(sum(IMAGES), *(EPOCHS[where][1] + further[where] * FURTHER[where][1] for where in CHAINS))
+        frozen, together = (max(epochs) for epochs in zip(*LARGE.values(), strict=True))
+    else:
+        frozen = max(epochs for epochs, _ in EPOCHS.values())
+        together = max(EPOCHS[where][1] + (max(len(RATES[where]), 4) - 1) * FURTHER[where][1] for where in CHAINS)
+    return Point(backbone, WEIGHTS[backbone], cut, CodecSpec("raw-fp32", width, 1, 8), frozen, together)
