@@ -226,8 +226,8 @@ def reference(uncoded: Point) -> dict[str, Any]:
     further, tail_first = copy.deepcopy(start), copy.deepcopy(start)
     folder = f"reference-{named(uncoded.backbone, digest(Path(uncoded.weights)), uncoded.epochs, recipe())}"
     train(Distiller(further, teacher(), SETTINGS, 0.0), f"{uncoded.backbone}, reference", folder, uncoded.epochs)
-    # Its halves are those of `tail_first`.
-    build_split(tail_first, EXAMPLE, uncoded.cut, uncoded.codec).load_state_dict(trained(uncoded).state_dict())
+    halves = trained(uncoded)
+    tail_first.load_state_dict(halves.head.state_dict() | halves.tail.state_dict())
     networks = {"as it came": start, "further": further, "tail first": tail_first}
     found = {name: accuracy(network.eval(), validation) for name, network in networks.items()}
     best = max(found, key=lambda name: found[name])
