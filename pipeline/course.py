@@ -54,34 +54,40 @@ class Course:
         *,
         epochs: int,
         cut: tuple[nn.Module, nn.Module] | None = None,
-        learning_rate: float | None = None,
         callbacks: Sequence[Callback] = (),
         further: Any = None,
         view: Sent | None = None,
-        behind: bool = False,
     ) -> nn.Module:
         """Train `network` in place, taught by the teacher's logits and, given its halves as `cut`, its feature there; return it.
 
-        With a `view` the network sees what that leaves of the images, and the teacher the images. `behind` freezes the head of a split.
+        With a `view` the network sees what that leaves of the images, and the teacher the images.
         """
-        settings = self.params.finetune.model_copy(update={"learning_rate": learning_rate} if learning_rate else {})
-        folder = checkpoint_folder(f"finetune-{self.device}", name, [*self.inputs, epochs, further])
+        settings, smoothing = self.params.finetune, self.params.pretrain.label_smoothing
+        lesson: Classifier
+        if isinstance(network, CoInference):
+            lesson = SplitDistiller(network, cut or copy.deepcopy(self.teacher), settings, smoothing)
+        else:
+            lesson = Distiller(network, copy.deepcopy(self.teacher), settings, smoothing)
+        data = DataModule(*self.data, settings, self.params.run.seed, view)
+        self._fit(name, lesson, data, epochs, self._folder(name, [epochs, further]), callbacks)
+        return network
 
+    def run_behind(self, name: str, network: CoInference, teacher: tuple[nn.Module | None, nn.Module], *, further: Any = None) -> None:
+        """Train codec and tail of `network` in place, behind its frozen head; `teacher` as for `FeatureData`."""
+        settings = self.params.finetune.model_copy(update={"learning_rate": self.params.finetune.frozen_learning_rate})
+        epochs, head = settings.frozen_epochs, copy.deepcopy(network.head)
+        folder = self._folder(name, [epochs, further])
+        data = FeatureData(head, teacher, folder / "features", *self.data, settings, self.params.run.seed)
+        self._fit(name, BehindHead(network, settings, self.params.pretrain.label_smoothing), data, epochs, folder)
+
+    def _folder(self, name: str, further: Any) -> Path:
+        return checkpoint_folder(f"finetune-{self.device}", name, [*self.inputs, *further])
+
+    def _fit(self, name: str, lesson: Classifier, data: DataModule, epochs: int, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
         def log(row: dict[str, float]) -> None:
             self.curves.append({"training": name, **row})
             self.tracker.log_metrics({f"{name}_{key}": row[key] for key in ("loss", "accuracy_validation")}, step=int(row["epoch"]))
 
-        smoothing, seed = self.params.pretrain.label_smoothing, self.params.run.seed
-        data = DataModule(*self.data, settings, seed, view)
-        if behind:
-            assert isinstance(network, CoInference)
-            assert cut is not None
-            lesson: Classifier = BehindHead(network, settings, smoothing)
-            data = FeatureData(copy.deepcopy(network.head), cut, folder / "features", *self.data, settings, seed)
-        elif isinstance(network, CoInference):
-            lesson = SplitDistiller(network, cut or copy.deepcopy(self.teacher), settings, smoothing)
-        else:
-            lesson = Distiller(network, copy.deepcopy(self.teacher), settings, smoothing)
         try:
             fit(
                 lesson,
@@ -90,7 +96,7 @@ class Course:
                 epochs=epochs,
                 checkpoint_dir=folder,
                 threads=self.params.run.threads,
-                precision=settings.precision,
+                precision=lesson.settings.precision,
                 log=log,
                 callbacks=callbacks,
             )
@@ -98,4 +104,3 @@ class Course:
             kept = f" What came before it ({', '.join(done.name.rpartition('-')[0] for done in self.folders)}) is finished and kept." if self.folders else ""
             raise Interrupted(f"{error}{kept}") from None
         self.folders.append(folder)
-        return network

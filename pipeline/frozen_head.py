@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ class FeatureData(DataModule):
             with torch.no_grad():
                 features = head(images)
                 wanted = features if teacher_head is None else teacher_head(images)
-                yield features, labels, rest(images if teacher_head is None else wanted), wanted
+                logits = rest(images if teacher_head is None else wanted)
+            yield features, labels, logits, wanted
 
     def kept(self, copy: int) -> list[NDArray[Any]]:
         """What `batches` gives, whole and mapped from files that are made the first time; without the teacher's features where they are the same."""
@@ -89,10 +91,13 @@ class FeatureData(DataModule):
             for name, tensor in zip(names, batch, strict=False):
                 values = (tensor.half() if name in ("features", "wanted") else tensor).numpy()
                 if name not in files:
-                    files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=values.dtype, shape=(count, *values.shape[1:]))
+                    path, shape = folder / f"{name}.npy", (count, *values.shape[1:])
+                    files[name] = np.lib.format.open_memmap(path, mode="w+", dtype=values.dtype, shape=shape)
+                    with path.open("r+b") as file:  # a disk that is full says so here; a mapped page without a place on it would end the process
+                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
                 files[name][start : start + len(values)] = values
-        for file in files.values():
-            file.flush()  # type: ignore[attr-defined]
+        for array in files.values():
+            array.flush()  # type: ignore[attr-defined]
 
     @property
     def batch_size(self) -> int:

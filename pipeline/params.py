@@ -92,6 +92,12 @@ class Finetune(Training):
     distill_feature: NonNegative = Field(0.1, description="weight of the squared error on the feature at the cut")
     temperature: Positive = Field(2.0, description="of the distilled logits")
 
+    @model_validator(mode="after")
+    def _taught(self) -> Self:
+        if self.importance == "taylor" and not self.prune_epochs:
+            raise ValueError("importance is taylor, whose gradients come from prune_epochs, and those are 0; choose l1 or l2, or at least one such epoch")
+        return self
+
 
 class LinkParams(Section):
     rate_mbps: Positive = Field(description="Mbit/s (1e6), each way")

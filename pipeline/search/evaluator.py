@@ -112,11 +112,11 @@ class Evaluator:
         shapes = [point.shape for point in self.cuts[1:-1] if len(point.shape) == 3]
         for number, width in enumerate(self.settings.code_channels):
             if shapes and not any(_codec_fits(shape, width, 1) for shape in shapes):
-                widest = max(shape[0] for shape in shapes)
-                raise ParamsError(f"search.code_channels.{number} is {width}, but no cut has more than {widest} channels; choose at most that.")
+                widest = max((shape[0] for shape in shapes if _codec_fits(shape, 1, 1)), default=0)
+                raise ParamsError(f"search.code_channels.{number} is {width}, but no cut of 2x2 or more has over {widest} channels; choose at most that.")
         for number, stride in enumerate(self.settings.strides):
             if shapes and not any(_codec_fits(shape, 1, stride) for shape in shapes):
-                raise ParamsError(f"search.strides.{number} is {stride}, which divides the height and width of no cut; choose a smaller one.")
+                raise ParamsError(f"search.strides.{number} is {stride}, which leaves less than 2x2 of the feature at every cut; choose a smaller one.")
         whole = self.cuts[-1].name
         blocks = list(layers_up_to(self.cuts, whole))
         for number, ratio in enumerate(self.settings.keep):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from models.backbones import build_backbone
 from models.channel_plan import ChannelPlan, rebuild
-from models.codec import RateCodec
+from models.codec import CodecSpec, RateCodec
+from models.coinference import build_split
 from models.cutting import CutPoint, split
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.course import Course
@@ -36,8 +37,8 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     A chosen split is made in up to three trainings, each taught by the pretrained backbone (METHODS 2 and 3): `prune`, the unsplit network with ever
     more channels of the device half silenced; `frozen`, codec and edge half behind the frozen device half; `split`, all. The network of a chosen lossy
     edge-only candidate is trained on compressed images, taught by what that backbone makes of the images themselves, and kept if that made it better.
-    The reference is the better on validation of the backbone as pretrained and after as many further epochs as the split's backbone (those of `prune` and
-    `split`), by the same recipe, that teacher included, so that what a split loses is not hidden by what training longer gains. Split weights are the
+    The reference is the better on validation of the backbone as pretrained and after the split's epochs, phase by phase and by the same recipe, that
+    teacher included, but with nothing pruned and no codec, so that what a split loses is not hidden by what training longer gains. Split weights are the
     state dict of the `CoInference`; of a candidate without a codec, that of the whole. Codec `rate` is trained to cost what it did in the search, where
     it was trained for less: with the same weight on bits it would go on to spend fewer of them than the accuracy can bear.
 
@@ -53,9 +54,9 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     card, validation = load_card(), load_split("validation")
     pretrained = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS).eval()
     course = Course(params, device, tracker, pretrained, [card.sha256, candidate.to_dict(), promised_bits])
-    student, plan = _student(course, candidate, promised_bits, paths, torch.zeros(1, 3, card.image_size, card.image_size))
-    extra = params.finetune.prune_epochs if plan.kept else 0
-    further = course.run("reference", copy.deepcopy(pretrained), epochs=params.finetune.epochs + extra)
+    example = torch.zeros(1, 3, card.image_size, card.image_size)
+    student, plan = _student(course, candidate, promised_bits, paths, example)
+    further = _reference(course, candidate, plan, example)
 
     metrics = {"accuracy_validation_pretrained": accuracy(pretrained, validation)}
     accuracy_further = accuracy(further, validation)
@@ -102,7 +103,9 @@ def _student(course: Course, candidate: Candidate, promised_bits: float, paths: 
         soft = SoftPruning(head, chooser, dict(candidate.keep), settings.prune_rounds, settings.importance)
         if settings.prune_epochs:
             course.run("prune", body, epochs=settings.prune_epochs, callbacks=[soft], further=[channel_block, chooser.groups])
-        plan = soft.plan()
+            plan = soft.plan()
+        else:
+            plan = chooser.plan(dict(candidate.keep), chooser.scores(head, settings.importance))
     if candidate.kind == "device-only":
         return course.run("split", recalibrated(rebuild(head, plan), course.sample), epochs=settings.epochs, further=plan.to_dict()), plan
     torch.manual_seed(course.params.run.seed)
@@ -113,6 +116,15 @@ def _student(course: Course, candidate: Candidate, promised_bits: float, paths: 
         recalibrated(network.head, course.sample)
     cut = split(copy.deepcopy(course.teacher), example, candidate.cut)
     if settings.frozen_epochs:
-        rate = settings.frozen_learning_rate
-        course.run("frozen", network, epochs=settings.frozen_epochs, cut=cut, learning_rate=rate, further=plan.to_dict(), behind=True)
+        course.run_behind("frozen", network, cut if plan.kept else (None, copy.deepcopy(course.teacher)), further=plan.to_dict())
     return course.run("split", network, epochs=settings.epochs, cut=cut, further=plan.to_dict()), plan
+
+
+def _reference(course: Course, candidate: Candidate, plan: ChannelPlan, example: Tensor) -> nn.Module:
+    """The backbone after the epochs of `_student`, with nothing pruned and no codec."""
+    settings, body = course.params.finetune, copy.deepcopy(course.teacher)
+    if candidate.kind == "split" and settings.frozen_epochs:
+        width = split(body, example, candidate.cut)[0](example).shape[1]
+        network = build_split(body, example, candidate.cut, CodecSpec("raw-fp32", width, 1, 8))
+        course.run_behind("reference_frozen", network, (None, copy.deepcopy(course.teacher)), further=candidate.cut)
+    return course.run("reference", body, epochs=settings.epochs + (settings.prune_epochs if plan.kept else 0), further=candidate.cut)

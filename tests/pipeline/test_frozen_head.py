@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from models.cutting import cut_points, split
 from models.pruning import Pruner
 from pipeline import frozen_head
 from pipeline.data import normalise
+from pipeline.errors import CoinferError
 from pipeline.frozen_head import COPIES, BehindHead, FeatureData
 from pipeline.inference import accuracy
 from pipeline.networks import layers_up_to
@@ -90,6 +92,19 @@ def test_features_too_large_to_keep_are_computed_each_time(tiny_backbone: nn.Mod
     before = accuracy(network, coloured(30))
     assert trained(network, data)[-1]["accuracy_validation"] > before
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_sentence(tiny_backbone: nn.Module, tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a small disk takes the right to mount one")
+    try:
+        network, data = prepared(tiny_backbone, tmp_path / "features")
+        with pytest.raises(CoinferError, match=r"cannot write .*features.*: No space left on device; free some space"):
+            trained(network, data)
+        assert not list(tmp_path.rglob("*.npy"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_an_interrupted_training_behind_the_head_goes_on_bit_for_bit(tiny_backbone: nn.Module, tmp_path: Path) -> None:

@@ -148,8 +148,8 @@ def test_only_what_can_run_is_offered(make):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"code_channels": [4, 512]}, "search.code_channels.1 is 512, but no cut has more than 16 channels; choose at most that"),
-        ({"strides": [32]}, "search.strides.0 is 32, which divides the height and width of no cut; choose a smaller one"),
+        ({"code_channels": [4, 512]}, "search.code_channels.1 is 512, but no cut of 2x2 or more has over 16 channels; choose at most that"),
+        ({"strides": [32]}, "search.strides.0 is 32, which leaves less than 2x2 of the feature at every cut; choose a smaller one"),
         ({"keep": [1.0, 0.01]}, "search.keep.1 is 0.01, which suits no block: keep ratio 0.01 of block stem.2 would leave layer stem.0"),
     ],
 )

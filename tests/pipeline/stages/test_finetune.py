@@ -12,12 +12,13 @@ from models.channel_plan import ChannelPlan, rebuild
 from models.codec import RateCodec
 from models.coinference import CoInference
 from models.cutting import cut_points, split
+from models.pruning import Importance
 from pipeline.costs.device_profile import CoderTimes, DeviceProfile
 from pipeline.data import Sent, load_split, normalise
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_write_json
 from pipeline.inference import accuracy
-from pipeline.networks import split_network
+from pipeline.networks import pruner, split_network
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, CHECKPOINTS, DevicePaths
 from pipeline.search.candidate import Candidate
@@ -87,11 +88,25 @@ def test_a_split_can_be_made_in_three_trainings_that_each_start_where_the_last_e
         *(["prune", str(epoch)] for epoch in (1, 2, 3)),
         *(["frozen", str(epoch)] for epoch in (1, 2)),
         *(["split", str(epoch)] for epoch in (1, 2)),
+        *(["reference_frozen", str(epoch)] for epoch in (1, 2)),
         *(["reference", str(epoch)] for epoch in (1, 2, 3, 4, 5)),
     ]
     assert float(rows[5][2]) < float(rows[3][2]), "what the codec learned is not lost"
     assert metrics["accuracy_validation_split"] > 0.5
     assert not list(CHECKPOINTS.rglob("*.*"))
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2"])
+def test_without_pruning_epochs_those_channels_go_that_the_importance_says(pretrained: Params, tracker: Any, importance: Importance) -> None:
+    choose(SPLIT)
+    params = pretrained.model_copy(update={"finetune": pretrained.finetune.model_copy(update={"epochs": 1, "importance": importance})})
+    finetune.run(params, "camera", tracker)
+    backbone, example = tiny_backbone(10, 16).eval(), torch.zeros(1, 3, 16, 16)
+    backbone.load_state_dict(load_file(BACKBONE_WEIGHTS))
+    head, _ = split(backbone, example, SPLIT.cut)
+    chooser = pruner(head, example, cut_points(backbone, torch.zeros(2, 3, 16, 16)), SPLIT.cut, 1)
+    wanted = chooser.plan(dict(SPLIT.keep), chooser.scores(head, importance))
+    assert ChannelPlan.from_dict(json.loads(PATHS.split_spec.read_text())["plan"]) == wanted
 
 
 def test_codec_rate_costs_what_the_search_promised(pretrained: Params, tracker: Any) -> None:
