@@ -127,4 +127,5 @@ def _reference(course: Course, candidate: Candidate, plan: ChannelPlan, example:
         width = split(body, example, candidate.cut)[0](example).shape[1]
         network = build_split(body, example, candidate.cut, CodecSpec("raw-fp32", width, 1, 8))
         course.run_behind("reference_frozen", network, (None, copy.deepcopy(course.teacher)), further=candidate.cut)
+        body.load_state_dict(network.head.state_dict() | network.tail.state_dict())
     return course.run("reference", body, epochs=settings.epochs + (settings.prune_epochs if plan.kept else 0), further=candidate.cut)
