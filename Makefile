@@ -90,7 +90,7 @@ endif
 		export MLFLOW_TRACKING_URI="$$uri"; cd examples/cifar10 && dvc repro && python -m pipeline.cli report
 
 bench: $(STAMP)  ## run benchmarks/NAME.py, which writes results/NAME.json
-	@test -f 'benchmarks/$(NAME).py' || { echo "give NAME, one of: $(sort $(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))"; exit 1; }
+	@grep -qs __main__ 'benchmarks/$(NAME).py' || { echo "give NAME, one of: $(filter-out readme,$(basename $(notdir $(shell grep -l __main__ benchmarks/*.py))))"; exit 1; }
 	$(BIN)/python benchmarks/$(NAME).py
 
 readme: $(STAMP)  ## make README's tables and pictures from results/*.json

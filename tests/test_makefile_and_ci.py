@@ -146,10 +146,12 @@ def test_cifar10_says_when_its_data_is_missing(copied_makefile: Path) -> None:
 
 def test_bench_names_the_benchmarks(copied_makefile: Path) -> None:
     (copied_makefile / "benchmarks").mkdir()
-    (copied_makefile / "benchmarks/quickstart.py").touch()
-    result = make("bench", cwd=copied_makefile)
-    assert result.returncode != 0
-    assert "give NAME, one of: quickstart" in result.stdout
+    (copied_makefile / "benchmarks/quickstart.py").write_text('if __name__ == "__main__":\n    pass\n')
+    (copied_makefile / "benchmarks/helper.py").touch()
+    for name in ("NAME=", "NAME=helper"):
+        result = make("bench", name, cwd=copied_makefile)
+        assert result.returncode != 0
+        assert result.stdout.endswith("give NAME, one of: quickstart\n")
     assert make("bench", "NAME=quickstart", cwd=copied_makefile).stdout.startswith(".venv/bin/python benchmarks/quickstart.py")
 
 
