@@ -22,7 +22,7 @@ from sklearn.datasets import load_sample_images
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.end_to_end import SLOWDOWNS, Way, frame_size, medians, time_parts, total_ms
-from benchmarks.results_file import figure, write
+from benchmarks.results_file import RESULTS, figure, write
 from models.backbones import build_backbone
 from models.codec import CodecSpec
 from models.coinference import build_split
@@ -30,6 +30,7 @@ from models.cutting import cut_points
 from models.jscc import ChannelCodec
 from pipeline.costs.link import Link
 from pipeline.errors import ModelError
+from pipeline.files import atomic_path
 from pipeline.inference import outputs
 from pipeline.onnx_export import export_onnx
 from pipeline.runtime import coder
@@ -136,4 +137,6 @@ if __name__ == "__main__":
             how = f"largest over {len(RATES_MBPS)} link rates of best baseline over best split, latency only, accuracy unknown: {best[1]}"
             figures[f"best_speedup.{name}.x{slowdown:g}"] = figure(best[0], "ratio", how, n=len(images))
             print(name, slowdown, best, flush=True)
+    with atomic_path(RESULTS / f"{NAME}.png") as temporary:
+        picture(rows).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     print(write(NAME, dataset={"name": "crops of scikit-learn's sample photographs"}, seeds=[0], figures=figures, raw={"rows": rows}))
