@@ -218,9 +218,9 @@ def _least_needed(network: CoInference, chooser: Pruner, layers: Mapping[str, Se
 
 
 def reference(uncoded: Point) -> dict[str, Any]:
-    """Accuracy of the best on validation of a backbone as its weights have it and after what those of the splits get, without a codec, teacher included.
+    """Accuracy of the best on validation of a backbone as its weights have it, after `uncoded`'s epochs of all, and after those of `uncoded` itself.
 
-    That is as many epochs of all, by themselves and after `uncoded`'s others behind the frozen head: its codec is raw-fp32, and none gets more of either.
+    That is a split with codec raw-fp32, which changes nothing: like the others first its tail behind the frozen head, then all; the teacher is theirs too.
     """
     validation, start = load_split("validation"), backbone_of(uncoded)
     further, tail_first = copy.deepcopy(start), copy.deepcopy(start)

@@ -129,7 +129,10 @@ def _chain(where: str, codecs: list[CodecSpec]) -> list[Point]:
 
 
 def uncoded(backbone: str) -> Point:
-    """The longest training that a split of `backbone` gets, the codec aside: what its reference gets too."""
+    """What its reference gets: the longest training of a split of `backbone` at the middle cut, the codec aside.
+
+    Chains at the last cut have more epochs behind the frozen head, where little but the codec is left to train.
+    """
     cut, width = CUTS[backbone]["middle"], 32
     if backbone == "resnet56":
         frozen, together = (max(epochs) for epochs in zip(*LARGE.values(), strict=True))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 from torch import nn
 
+from models.channel_plan import ChannelPlan
 from models.coinference import CoInference
 from pipeline.data import Sent, load_split
 from pipeline.distilling import Distiller
@@ -45,6 +46,7 @@ class Course:
         self.data = load_split("train"), load_split("validation")
         self.sample = self.data[0][0][:SAMPLE_IMAGES]
         self.folders: list[Path] = []
+        self.features: set[Path] = set()
         self.curves: list[dict[str, Any]] = []
 
     def run(
@@ -72,12 +74,13 @@ class Course:
         self._fit(name, lesson, data, epochs, self._folder(name, [epochs, further]), callbacks)
         return network
 
-    def run_behind(self, name: str, network: CoInference, teacher: tuple[nn.Module | None, nn.Module], *, further: Any = None) -> None:
-        """Train codec and tail of `network` in place, behind its frozen head; `teacher` as for `FeatureData`."""
+    def run_behind(self, name: str, network: CoInference, teacher: tuple[nn.Module | None, nn.Module], plan: ChannelPlan) -> None:
+        """Train codec and tail of `network` in place, behind its frozen head, made by `plan`, whose features are kept; `teacher` as for `FeatureData`."""
         settings = self.params.finetune.model_copy(update={"learning_rate": self.params.finetune.frozen_learning_rate})
         epochs, head = settings.frozen_epochs, copy.deepcopy(network.head)
-        folder = self._folder(name, [epochs, further])
-        data = FeatureData(head, teacher, folder / "features", *self.data, settings, self.params.run.seed)
+        folder = self._folder(name, [epochs, plan.to_dict()])
+        self.features.add(features := self._folder("features", [plan.to_dict()]))
+        data = FeatureData(head, teacher, features, *self.data, settings, self.params.run.seed)
         self._fit(name, BehindHead(network, settings, self.params.pretrain.label_smoothing), data, epochs, folder)
 
     def _folder(self, name: str, further: Any) -> Path:

@@ -33,7 +33,7 @@ class SoftPruning(Callback):
         self._scores: dict[str, Tensor] = {}
 
     def plan(self) -> ChannelPlan:
-        """What the trained head keeps: in it, be it of this training or of an earlier one that was kept, all else is zero."""
+        """What the trained head keeps: in it, be it of this training or an earlier one that was kept, all else is zero."""
         return self.pruner.plan(self.keep, self.pruner.scores(self.head, own=True))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

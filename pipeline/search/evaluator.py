@@ -109,10 +109,10 @@ class Evaluator:
         )
 
     def _check_settings(self) -> None:
-        shapes = [point.shape for point in self.cuts[1:-1] if len(point.shape) == 3]
+        shapes = [point.shape for point in self.cuts[1:-1] if _codec_fits(point.shape, 1, 1)]
         for number, width in enumerate(self.settings.code_channels):
             if shapes and not any(_codec_fits(shape, width, 1) for shape in shapes):
-                widest = max((shape[0] for shape in shapes if _codec_fits(shape, 1, 1)), default=0)
+                widest = max(shape[0] for shape in shapes)
                 raise ParamsError(f"search.code_channels.{number} is {width}, but no cut of 2x2 or more has over {widest} channels; choose at most that.")
         for number, stride in enumerate(self.settings.strides):
             if shapes and not any(_codec_fits(shape, 1, stride) for shape in shapes):

@@ -75,7 +75,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     atomic_write_json(paths.split_spec, spec)
     write_curves(paths.finetune_curves, course.curves, ("training", "epoch", "loss", "accuracy_validation"))
     atomic_write_json(paths.finetune_metrics, metrics)
-    forget(course.folders)
+    forget([*course.folders, *course.features])
     tracker.log_metrics(metrics)
     return metrics
 
@@ -116,7 +116,7 @@ def _student(course: Course, candidate: Candidate, promised_bits: float, paths: 
         recalibrated(network.head, course.sample)
     cut = split(copy.deepcopy(course.teacher), example, candidate.cut)
     if settings.frozen_epochs:
-        course.run_behind("frozen", network, cut if plan.kept else (None, copy.deepcopy(course.teacher)), further=plan.to_dict())
+        course.run_behind("frozen", network, cut if plan.kept else (None, copy.deepcopy(course.teacher)), plan)
     return course.run("split", network, epochs=settings.epochs, cut=cut, further=plan.to_dict()), plan
 
 
@@ -126,6 +126,6 @@ def _reference(course: Course, candidate: Candidate, plan: ChannelPlan, example:
     if candidate.kind == "split" and settings.frozen_epochs:
         width = split(body, example, candidate.cut)[0](example).shape[1]
         network = build_split(body, example, candidate.cut, CodecSpec("raw-fp32", width, 1, 8))
-        course.run_behind("reference_frozen", network, (None, copy.deepcopy(course.teacher)), further=candidate.cut)
+        course.run_behind("reference_frozen", network, (None, copy.deepcopy(course.teacher)), ChannelPlan())
         body.load_state_dict(network.head.state_dict() | network.tail.state_dict())
-    return course.run("reference", body, epochs=settings.epochs + (settings.prune_epochs if plan.kept else 0), further=candidate.cut)
+    return course.run("reference", body, epochs=settings.epochs + (settings.prune_epochs if plan.kept else 0))

@@ -17,6 +17,7 @@ from pipeline.costs.device_profile import CoderTimes, DeviceProfile
 from pipeline.data import Sent, load_split, normalise
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_write_json
+from pipeline.frozen_head import FeatureData
 from pipeline.inference import accuracy
 from pipeline.networks import pruner, split_network
 from pipeline.params import Params
@@ -95,6 +96,21 @@ def test_a_split_can_be_made_in_three_trainings_that_each_start_where_the_last_e
     assert losses["split", 1] < losses["frozen", 1], "what the codec learned is not lost"
     assert losses["reference", 1] < losses["reference_frozen", 1], "nor what the reference did"
     assert metrics["accuracy_validation_split"] > 0.5
+    assert not list(CHECKPOINTS.rglob("*.*"))
+
+
+def test_the_features_behind_an_unpruned_head_are_made_once_for_split_and_reference(pretrained: Params, tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    keep = FeatureData._keep
+
+    def counted(self: FeatureData, folder: Path, copy: int, names: tuple[str, ...]) -> None:
+        made.append(folder)
+        keep(self, folder, copy, names)
+
+    monkeypatch.setattr(FeatureData, "_keep", counted)
+    choose(Candidate("down.2", code_channels=4, stride=2, bits=2))
+    finetune.run(pretrained.model_copy(update={"finetune": pretrained.finetune.model_copy(update={"epochs": 1, "frozen_epochs": 2})}), "camera", tracker)
+    assert len(made) == 2, "one for each epoch"
     assert not list(CHECKPOINTS.rglob("*.*"))
 
 
