@@ -93,7 +93,13 @@ class Point:
         codec = self.codec
         rate = f" {codec.rate_weight:g}" if codec.kind == "rate" else ""
         pruned = f", without {self.share:.0%} of the MACs{' evenly' if self.evenly else ''}" if self.prune_epochs else ""
-        return f"{self.backbone} {self.cut} {codec.kind} {codec.code_channels}ch /{codec.stride} {codec.bits}bit{rate}{pruned}, seed {self.seed}"
+        frozen = "" if self.trains_head else ", head frozen"
+        return f"{self.backbone} {self.cut} {codec.kind} {codec.code_channels}ch /{codec.stride} {codec.bits}bit{rate}{pruned}{frozen}, seed {self.seed}"
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether it or a point before it trains the head too."""
+        return bool(self.epochs or self.prune_epochs or (self.before and self.before.trains_head))
 
     def key(self) -> str:
         """Names everything its weights depend on."""

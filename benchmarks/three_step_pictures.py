@@ -143,8 +143,13 @@ def _places(rows: Iterable[Raw], size: str) -> list[tuple[float, float]]:
 
 
 def _line(axes: Axes, places: list[tuple[float, float]], **style: Any) -> None:
-    if places:
-        axes.plot(*zip(*places, strict=True), markersize=4, linewidth=1.3, **style)
+    """Through the places that none of fewer bits is as good as; markers, if any, at all."""
+    if not places:
+        return
+    if marker := style.pop("marker", None):
+        axes.plot(*zip(*places, strict=True), color=style["color"], marker=marker, markersize=4, linestyle="none", alpha=0.5)
+    best = [place for number, place in enumerate(places) if place[1] > max((share for _, share in places[:number]), default=0.0)]
+    axes.plot(*zip(*best, strict=True), marker=marker, markersize=4, linewidth=1.3, **style)
 
 
 def _over(axes: Axes, levels: dict[str, float], **style: Any) -> Line2D:

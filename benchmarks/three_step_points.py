@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,22 +16,29 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
-EPOCHS = {"first": (6, 4), "middle": (12, 2), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
+EPOCHS = {"first": (6, 4), "middle": (6, 4), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
 FURTHER = {"first": (0, 2), "middle": (0, 2), "last": (4, 0)}  # of each point after it
+FINISHED = (0, 2)  # of points at the last cut that go on from those behind the frozen head
 LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
 DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (3, 2, 1, 1)  # epochs of the first image quality and of each after it
-RATES = {"first": (2e-4, 5e-4, 1e-3), "middle": (4e-4, 1e-3, 2e-3, 4e-3, 8e-3), "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32)}
-SIZES = {  # (code channels, stride, bits): of `rate`, then of the points of `uniform`
-    "first": ((16, 4, 4), ((16, 4, 3), (16, 4, 2), (8, 4, 2))),
-    "middle": ((16, 4, 4), ((24, 4, 3), (16, 4, 2), (12, 4, 2))),
-    "last": ((16, 4, 3), ((12, 4, 2), (8, 4, 2), (8, 4, 1))),
+ROOTS = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 8, 2, 4)}  # what other kinds there go on from
+UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((8, 2, 3), (8, 2, 2), (8, 2, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
+RATE = {  # rate weights
+    "first": (2e-4, 5e-4, 1e-3),
+    "middle": (4e-4, 1e-3, 2e-3),
+    "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32),
 }
-OTHER_STRIDES = (("last", 2, (2, 1)), ("middle", 8, (16, 8)), ("first", 8, (8, 4)))  # of BottleNet++, and its widths there
+LAST_RATE = CodecSpec("rate", 16, 4, 3)
+BOTTLENETPP = {  # (stride, widths)
+    "first": ((4, (16, 8, 4, 2)), (8, (16, 8, 4, 2))),
+    "middle": ((2, (8, 4, 2, 1)), (4, (16, 8, 4, 2))),
+    "last": ((4, (8, 4, 2, 1)), (2, (2, 1))),
+}
+LARGE_RATE = {"first": 2e-4, "middle": 4e-4, "last": 2e-2}
 SEEDS = (0, 1, 2)
-CHAINS = ("last", "middle", "first")  # what is cheapest to train comes first
 
 
 def chains(seed: int = 0) -> Iterator[Sequence[Any]]:
@@ -54,44 +60,66 @@ def _seeded(point: Any, seed: int) -> Any:
 
 
 def _chains() -> Iterator[Sequence[Any]]:
-    large = CUTS["resnet56"]
-    plain: list[tuple[Format, int]] = [("png", 100), ("webp", 100), *itertools.product(FORMATS, QUALITIES)]
-    for where in CHAINS:
-        yield _chain(where, [CodecSpec("rate", *SIZES[where][0], rate_weight=weight) for weight in RATES[where]])
-    yield [ImagePoint("resnet20", str(reference_weights("resnet20")), *sent) for sent in plain]
+    for where in ("middle", "first"):
+        root = _root(where)
+        yield [root]
+        yield _chain(where, [_rate(where, weight) for weight in RATE[where]], root)
+    frozen = _chain("last", [_rate("last", weight) for weight in RATE["last"]])
+    yield frozen
+    yield [_image(image_format, 100) for image_format in ("png", "webp")]
+    for image_format in FORMATS:
+        yield [_image(image_format, quality) for quality in QUALITIES]
     yield _images("webp", (50, 30, 20, 10))
-    for where in CHAINS:
-        yield _chain(where, [CodecSpec("bottlenet++", width, SIZES[where][0][1], 8) for width in (8, 4, 2, 1)])
-    for where, stride, widths in OTHER_STRIDES:
-        yield _chain(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
-    for where in CHAINS:
-        yield _chain(where, [CodecSpec("uniform", *size) for size in SIZES[where][1]])
+    yield _chain("last", [_rate("last", weight) for weight in (0.16, 0.32, 0.64)], frozen[6], FINISHED)
+    for where in CUTS["resnet20"]:
+        for stride, widths in BOTTLENETPP[where]:
+            yield _chain(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
+    few = _chain("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (8, 4)])[-1]
+    yield _chain("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], few, FINISHED)
+    for where in ("middle", "first"):
+        yield _chain(where, [CodecSpec("uniform", *size) for size in UNIFORM[where]], _root(where))
+    frozen = _chain("last", [CodecSpec("uniform", *size) for size in UNIFORM["last"]])
+    yield frozen
+    yield _chain("last", [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1), (2, 4, 2))], frozen[-1], FINISHED)
     yield _chain("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
-    for where in CHAINS:
-        frozen, together = LARGE[where]
-        codec = CodecSpec("rate", *SIZES[where][0], rate_weight=RATES[where][0])
-        point = Point("resnet56", WEIGHTS["resnet56"], large[where], codec, frozen, together)
+    for where, cut in CUTS["resnet56"].items():
+        behind, together = LARGE[where]
+        point = Point("resnet56", WEIGHTS["resnet56"], cut, _rate(where, LARGE_RATE[where]), behind, together)
         yield [point]
         yield [dataclasses.replace(point, epochs=together - PRUNING, share=DROPPED, prune_epochs=PRUNING)]
     yield _whole((0.9, 0.8, 0.7))
     yield _pruned_small()
     yield _images("jpeg", (30, 20, 10))
-    for where in CHAINS:
-        yield _chain(where, [CodecSpec("codebook", *SIZES[where][1][0])])
+    for where in ("middle", "first"):
+        yield _chain(where, [CodecSpec("codebook", *UNIFORM[where][0])], _root(where))
+    yield _chain("last", [CodecSpec("codebook", *UNIFORM["last"][0])])
     yield from _two_step()
-    yield _chain("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
+    yield _chain("middle", [CodecSpec("multi-rate", 8, 2, 8, points=((8, 4), (8, 2), (4, 2)))])
     yield _chain("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
     yield _chain("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
-    for where in CHAINS:
+    for where in CUTS["resnet20"]:
         yield _chain(where, [CodecSpec("public-code", 4, 1, 4)])
     yield _chain("last", [CodecSpec("public-code-vector", 16, 1, 4)])
+
+
+def _root(where: str) -> Point:
+    (root,) = _chain(where, [ROOTS[where]])
+    return root
+
+
+def _rate(where: str, weight: float) -> CodecSpec:
+    return dataclasses.replace(ROOTS.get(where, LAST_RATE), kind="rate", rate_weight=weight)
 
 
 def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
     points: list[ImagePoint] = []
     for quality, epochs in zip(qualities, IMAGES, strict=False):
-        points.append(ImagePoint("resnet20", str(reference_weights("resnet20")), image_format, quality, epochs, points[-1] if points else None))
+        points.append(_image(image_format, quality, epochs, points[-1] if points else None))
     return points
+
+
+def _image(image_format: Format, quality: int, epochs: int = 0, before: ImagePoint | None = None) -> ImagePoint:
+    return ImagePoint("resnet20", str(reference_weights("resnet20")), image_format, quality, epochs, before)
 
 
 def _whole(shares: Sequence[float]) -> list[PrunedPoint]:
@@ -105,26 +133,25 @@ def _whole(shares: Sequence[float]) -> list[PrunedPoint]:
 def _two_step() -> Iterator[list[PrunedPoint]]:
     """2-step pruning at each cut: all keep 0.8, then what crosses a half, then a half of that."""
     first = _whole((0.9, 0.8))[-1]
-    for where in CHAINS:
-        cut = CUTS["resnet20"][where]
+    for cut in CUTS["resnet20"].values():
         half = PrunedPoint("resnet20", WEIGHTS["resnet20"], 0.5, WHOLE_EPOCHS, cut, first)
         yield [half, PrunedPoint("resnet20", WEIGHTS["resnet20"], 0.5, WHOLE_EPOCHS, cut, half)]
 
 
 def _pruned_small() -> list[Point]:
-    """ResNet-20's middle half, unpruned, without its least needed blocks, and pruned evenly to as many MACs: the same codec and epochs for each."""
-    frozen, together = EPOCHS["middle"]
-    codec = CodecSpec("rate", *SIZES["middle"][0], rate_weight=RATES["middle"][0])
-    point = Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"]["middle"], codec, frozen, together)
-    pruned = dataclasses.replace(point, epochs=together - PRUNING_SMALL, share=DROPPED_SMALL, prune_epochs=PRUNING_SMALL)
+    """ResNet-20's middle half without its least needed blocks, and pruned evenly to as many MACs: from the root and with the epochs of the first `rate`."""
+    first = _chain("middle", [_rate("middle", RATE["middle"][0])], _root("middle"))[0]
+    pruned = dataclasses.replace(first, epochs=first.epochs - PRUNING_SMALL, share=DROPPED_SMALL, prune_epochs=PRUNING_SMALL)
     return [pruned, dataclasses.replace(pruned, evenly=True)]
 
 
-def _chain(where: str, codecs: list[CodecSpec]) -> list[Point]:
+def _chain(where: str, codecs: list[CodecSpec], root: Point | None = None, further: tuple[int, int] | None = None) -> list[Point]:
+    """A point for each codec, each from the one before it and the first from `root`; `further` epochs for each after the first of a cut."""
     points: list[Point] = []
     for codec in codecs:
-        frozen, together = FURTHER[where] if points else EPOCHS[where]
-        points.append(Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], codec, frozen, together, before=points[-1] if points else None))
+        before = points[-1] if points else root
+        frozen, together = (further or FURTHER[where]) if before else EPOCHS[where]
+        points.append(Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], codec, frozen, together, before=before))
     return points
 
 
@@ -138,5 +165,5 @@ def uncoded(backbone: str) -> Point:
         frozen, together = (max(epochs) for epochs in zip(*LARGE.values(), strict=True))
     else:
         frozen = max(epochs for epochs, _ in EPOCHS.values())
-        together = max(EPOCHS[where][1] + (max(len(RATES[where]), 4) - 1) * FURTHER[where][1] for where in CHAINS)
+        together = max(EPOCHS[where][1] + 3 * FURTHER[where][1] for where in CUTS[backbone])
     return Point(backbone, WEIGHTS[backbone], cut, CodecSpec("raw-fp32", width, 1, 8), frozen, together)
