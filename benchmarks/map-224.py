@@ -38,7 +38,7 @@ from pipeline.runtime.images import container_bytes, encode_image
 
 NAME = "map-224"
 BACKBONES = ("mobilenet_v3_small", "resnet18")
-CODES = ((16, 8, 2), (8, 4, 2), (16, 4, 2), (16, 2, 2), (32, 2, 4))  # channels, stride, bits
+CODES = ((16, 8, 2), (16, 4, 2), (32, 2, 4))  # channels, stride, bits
 QUALITIES = (75, 50, 30)
 SIZE, CLASSES = 224, 1000
 RATES_MBPS = tuple(float(rate) for rate in np.geomspace(0.02, 20, 13))

@@ -16,7 +16,7 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
-EPOCHS = {"first": (6, 4), "middle": (6, 4), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
+EPOCHS = {"first": (6, 4), "middle": (12, 4), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
 FURTHER = {"first": (0, 2), "middle": (0, 2), "last": (4, 0)}  # of each point after it
 FINISHED = (0, 2)  # of points at the last cut that go on from those behind the frozen head
 LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
@@ -24,8 +24,8 @@ DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (3, 2, 1, 1)  # epochs of the first image quality and of each after it
-ROOTS = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 8, 2, 4)}  # what other kinds there go on from
-UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((8, 2, 3), (8, 2, 2), (8, 2, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
+ROOTS = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # what other kinds there go on from
+UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((24, 4, 3), (16, 4, 2), (16, 4, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
     "first": (2e-4, 5e-4, 1e-3),
     "middle": (4e-4, 1e-3, 2e-3),
@@ -94,7 +94,7 @@ def _chains() -> Iterator[Sequence[Any]]:
         yield _chain(where, [CodecSpec("codebook", *UNIFORM[where][0])], _root(where))
     yield _chain("last", [CodecSpec("codebook", *UNIFORM["last"][0])])
     yield from _two_step()
-    yield _chain("middle", [CodecSpec("multi-rate", 8, 2, 8, points=((8, 4), (8, 2), (4, 2)))])
+    yield _chain("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
     yield _chain("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
     yield _chain("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
     for where in CUTS["resnet20"]:

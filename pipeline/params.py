@@ -222,6 +222,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{path} is missing; add it (docs/params.md says what it means)."
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and isinstance(item["input"], dict):  # what several keys of a section say together
+        return f"{path}: {message}."
     return f"{path} is {item['input']!r}: {message[0].lower()}{message[1:]}."
 
 

@@ -31,7 +31,7 @@ def test_committed_params_are_valid(params_file):
         ("devices.camera.link.rate_mbps", -1.0, ["devices.camera.link.rate_mbps is -1.0", "greater than 0"]),
         ("devices.camera.link.rate_mbps", float("inf"), ["devices.camera.link.rate_mbps is inf"]),
         ("devices", {}, ["devices is {}"]),
-        ("finetune.importance", "taylor", ["finetune", "importance is taylor", "prune_epochs"]),
+        ("finetune.importance", "taylor", ["finetune: importance is taylor", "prune_epochs"]),
     ],
 )
 def test_wrong_key_type_or_range_names_the_path_and_what_is_allowed(digits_fields, path, value, words):
