@@ -71,9 +71,9 @@ WEIGHTS = {"resnet20": "artifacts/backbone/weights.safetensors", "resnet56": "we
 class Point:
     """What is trained: `weights` (a safetensors file) of `backbone`, split at `cut`, with `codec`, on from `before` if there is one.
 
-    First codec and tail behind the frozen head for `frozen_epochs`; then, for `prune_epochs`, all, while residual blocks that compute at least `share` of
-    the head's MACs are silenced and in the end dropped (with `evenly`: while every group of channels that stays on the device loses the same share); then
-    all for `epochs`.
+    First codec and tail behind the frozen head, which may be that of `before`, for `frozen_epochs`; then, for `prune_epochs`, all, while residual blocks that
+    compute at least `share` of the head's MACs are silenced and in the end dropped (with `evenly`: while every group of channels that stays on the device
+    loses the same share); then all for `epochs`.
     """
 
     backbone: str
@@ -93,13 +93,15 @@ class Point:
         codec = self.codec
         rate = f" {codec.rate_weight:g}" if codec.kind == "rate" else ""
         pruned = f", without {self.share:.0%} of the MACs{' evenly' if self.evenly else ''}" if self.prune_epochs else ""
-        frozen = "" if self.trains_head else ", head frozen"
+        frozen = "" if self.epochs or self.prune_epochs or self.head_from else ", head frozen"
         return f"{self.backbone} {self.cut} {codec.kind} {codec.code_channels}ch /{codec.stride} {codec.bits}bit{rate}{pruned}{frozen}, seed {self.seed}"
 
     @property
-    def trains_head(self) -> bool:
-        """Whether it or a point before it trains the head too."""
-        return bool(self.epochs or self.prune_epochs or (self.before and self.before.trains_head))
+    def head_from(self) -> Point | None:
+        """The last of the points before it that trained the head too."""
+        if self.before is None or self.before.epochs or self.before.prune_epochs:
+            return self.before
+        return self.before.head_from
 
     def key(self) -> str:
         """Names everything its weights depend on."""
@@ -171,10 +173,11 @@ def trained(point: Point) -> CoInference:
 
 
 def _train_behind(network: CoInference, point: Point) -> None:
-    """Codec and tail of `network`, whose head must still be the backbone's: its features are kept for every point of that cut."""
-    head, _ = split_at(backbone_of(point), EXAMPLE, point.cut)
+    """Codec and tail of `network`; the features of its head are kept for every point that has the same."""
+    head = trained(point.head_from).head if point.head_from else split_at(backbone_of(point), EXAMPLE, point.cut)[0]
     assert all(torch.equal(tensor, network.head.state_dict()[name]) for name, tensor in head.state_dict().items())
-    folder = STATE / f"features-{named(point.backbone, digest(Path(point.weights)), point.cut, SETTINGS.crop_padding, SETTINGS.flip, recipe())}"
+    whose = (point.backbone, digest(Path(point.weights)), point.cut, *([point.head_from.key()] if point.head_from else []))
+    folder = STATE / f"features-{named(*whose, SETTINGS.crop_padding, SETTINGS.flip, recipe())}"
     data = FeatureData(head, (None, teacher()), folder, load_split("train"), load_split("validation"), FROZEN, point.seed)
     _fit(BehindHead(network, FROZEN, 0.0), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
 

@@ -17,20 +17,22 @@ CUTS = {
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
 EPOCHS = {"first": (6, 4), "middle": (12, 4), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
-FURTHER = {"first": (0, 2), "middle": (0, 2), "last": (4, 0)}  # of each point after it
-FINISHED = (0, 2)  # of points at the last cut that go on from those behind the frozen head
+FURTHER = {"first": (0, 2), "middle": (3, 0), "last": (4, 0)}  # of each point after it
+FINISHED = (0, 2)  # of points that go on from those behind a frozen head
 LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
 DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
-IMAGES = (3, 2, 1, 1)  # epochs of the first image quality and of each after it
+IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
 ROOTS = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # what other kinds there go on from
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((24, 4, 3), (16, 4, 2), (16, 4, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
     "first": (2e-4, 5e-4, 1e-3),
-    "middle": (4e-4, 1e-3, 2e-3),
+    "middle": (4e-4, 1e-3),
     "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32),
 }
+FINISHED_FROM = {"middle": 1e-3, "last": 0.16}
+FINISHED_RATE = {"middle": (1.5e-3, 3e-3), "last": (0.16, 0.32, 0.64)}
 LAST_RATE = CodecSpec("rate", 16, 4, 3)
 BOTTLENETPP = {  # (stride, widths)
     "first": ((4, (16, 8, 4, 2)), (8, (16, 8, 4, 2))),
@@ -61,16 +63,15 @@ def _seeded(point: Any, seed: int) -> Any:
 
 def _chains() -> Iterator[Sequence[Any]]:
     for where in ("middle", "first"):
-        root = _root(where)
-        yield [root]
-        yield _chain(where, [_rate(where, weight) for weight in RATE[where]], root)
-    frozen = _chain("last", [_rate("last", weight) for weight in RATE["last"]])
-    yield frozen
+        yield [_root(where)]
+        yield _rates(where)
+    yield _finished("middle")
+    yield _rates("last")
     yield [_image(image_format, 100) for image_format in ("png", "webp")]
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]
-    yield _images("webp", (50, 30, 20, 10))
-    yield _chain("last", [_rate("last", weight) for weight in (0.16, 0.32, 0.64)], frozen[6], FINISHED)
+    yield _images("webp", (60, 50, 40, 30))
+    yield _finished("last")
     for where in CUTS["resnet20"]:
         for stride, widths in BOTTLENETPP[where]:
             yield _chain(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
@@ -89,7 +90,7 @@ def _chains() -> Iterator[Sequence[Any]]:
         yield [dataclasses.replace(point, epochs=together - PRUNING, share=DROPPED, prune_epochs=PRUNING)]
     yield _whole((0.9, 0.8, 0.7))
     yield _pruned_small()
-    yield _images("jpeg", (30, 20, 10))
+    yield _images("jpeg", (60, 50, 40, 30))
     for where in ("middle", "first"):
         yield _chain(where, [CodecSpec("codebook", *UNIFORM[where][0])], _root(where))
     yield _chain("last", [CodecSpec("codebook", *UNIFORM["last"][0])])
@@ -105,6 +106,16 @@ def _chains() -> Iterator[Sequence[Any]]:
 def _root(where: str) -> Point:
     (root,) = _chain(where, [ROOTS[where]])
     return root
+
+
+def _rates(where: str) -> list[Point]:
+    return _chain(where, [_rate(where, weight) for weight in RATE[where]], _root(where) if where in ROOTS else None)
+
+
+def _finished(where: str) -> list[Point]:
+    """Whole networks, from the cheapest code behind a frozen head that is still good."""
+    before = next(point for point in _rates(where) if point.codec.rate_weight == FINISHED_FROM[where])
+    return _chain(where, [_rate(where, weight) for weight in FINISHED_RATE[where]], before, FINISHED)
 
 
 def _rate(where: str, weight: float) -> CodecSpec:
@@ -139,9 +150,9 @@ def _two_step() -> Iterator[list[PrunedPoint]]:
 
 
 def _pruned_small() -> list[Point]:
-    """ResNet-20's middle half without its least needed blocks, and pruned evenly to as many MACs: from the root and with the epochs of the first `rate`."""
-    first = _chain("middle", [_rate("middle", RATE["middle"][0])], _root("middle"))[0]
-    pruned = dataclasses.replace(first, epochs=first.epochs - PRUNING_SMALL, share=DROPPED_SMALL, prune_epochs=PRUNING_SMALL)
+    """ResNet-20's middle half without its least needed blocks, and pruned evenly to as many MACs: trained as the first finished `rate` was."""
+    whole = _finished("middle")[0]
+    pruned = dataclasses.replace(whole, epochs=whole.epochs - PRUNING_SMALL, share=DROPPED_SMALL, prune_epochs=PRUNING_SMALL)
     return [pruned, dataclasses.replace(pruned, evenly=True)]
 
 
