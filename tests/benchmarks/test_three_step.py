@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.noise import pam, sigma
 from benchmarks.split_points import Point
+from benchmarks.three_step import cheapest_alike
 from benchmarks.three_step_figures import figures_of, pruning_figures
 from benchmarks.three_step_points import CUTS, every_point, uncoded
 from models.backbones import build_backbone
@@ -139,3 +140,15 @@ def test_a_pruned_half_is_compared_with_the_same_split_unpruned() -> None:
     assert ratio["value"] == pytest.approx(0.4)
     rows[-1]["validation"]["accuracy"] = 0.894
     assert pruning_figures({"points": {str(number): each for number, each in enumerate(rows)}})["device_macs_ratio"]["value"] is None
+
+
+def test_what_could_not_win_is_not_timed() -> None:
+    rows = {f"rate {bits}": split("rate", bits, accuracy, None) for bits, accuracy in ((300, 0.9), (200, 0.891), (100, 0.889))}
+    rows |= {"uniform": split("uniform", 400, 0.9, None), "jscc": split("jscc-awgn", 1, 0.9, None)}
+    rows |= {"webp q60": webp(900, 0.9, 0.9), "webp q50": webp(800, 0.9, 0.9), "webp lossless": webp(5000, 0.9, 0.9)}
+    for row in rows.values():
+        row["point"] |= {"share": 0.0, "evenly": False}
+    assert set(cheapest_alike(rows, REFERENCES["resnet20"])) == {"rate 200", "uniform", "webp q50", "webp lossless"}
+    rows["pruned"] = split("rate", 200, 0.891, None)
+    rows["pruned"]["point"] |= {"share": 0.3, "evenly": False}
+    assert "pruned" in cheapest_alike(rows, REFERENCES["resnet20"]), "its device half is another"
