@@ -115,9 +115,15 @@ def over_links(found: Raw) -> Figure:
             rates = [place["rate_mbps"] for place in places]
             axes.loglog(rates, [place["baseline_ms"] for place in places], color="#D55E00", label="best baseline")
             axes.loglog(rates, [place["pick_ms"] for place in places], color="#0072B2", linestyle="--", label="picked")
+            shown = [place[way] for place in places for way in ("baseline_ms", "pick_ms")]
+            axes.set_ylim(min(shown) / 1.5, max(shown) * 1.5)
             wins = [place["real_cut"] and place["ratio"] < 1 for place in places]
             axes.fill_between(rates, 0, 1, where=wins, step="mid", color="#0072B2", alpha=0.12, transform=axes.get_xaxis_transform(), label="a real cut wins")
             axes.set_title(f"device {slowdown:g}x slower, round trip {rtt:g} ms", fontsize="small")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.grid(which="major", color="0.9")
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("latency per image, ms")
