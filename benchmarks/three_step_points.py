@@ -167,14 +167,15 @@ def _chain(where: str, codecs: list[CodecSpec], root: Point | None = None, furth
 
 
 def uncoded(backbone: str) -> Point:
-    """What its reference gets: the longest training of a split of `backbone` at the middle cut, the codec aside.
+    """What its reference gets: as many epochs of all as any split of `backbone`, after those behind the frozen head that a chain starts with, without codec.
 
-    Chains at the last cut have more epochs behind the frozen head, where little but the codec is left to train.
+    Chains at the last cut have more behind the frozen head, where little but the codec is left to train.
     """
-    cut, width = CUTS[backbone]["middle"], 32
-    if backbone == "resnet56":
-        frozen, together = (max(epochs) for epochs in zip(*LARGE.values(), strict=True))
-    else:
-        frozen = max(epochs for epochs, _ in EPOCHS.values())
-        together = max(EPOCHS[where][1] + 3 * FURTHER[where][1] for where in CUTS[backbone])
-    return Point(backbone, WEIGHTS[backbone], cut, CodecSpec("raw-fp32", width, 1, 8), frozen, together)
+    behind = max(epochs for epochs, _ in (LARGE if backbone == "resnet56" else EPOCHS).values())
+    together = max(_of_all(point) for chain in _chains() for point in chain if isinstance(point, Point) and point.backbone == backbone)
+    return Point(backbone, WEIGHTS[backbone], CUTS[backbone]["middle"], CodecSpec("raw-fp32", 32, 1, 8), behind, together)
+
+
+def _of_all(point: Point) -> int:
+    """The epochs in which the whole network was trained, up to `point`."""
+    return point.epochs + point.prune_epochs + (_of_all(point.before) if point.before else 0)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.split_points import _least_needed, _take_over
+from benchmarks.split_points import Point, _least_needed, _take_over
 from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
 from models.cutting import count_macs, cut_points
@@ -51,3 +53,12 @@ def test_the_blocks_that_are_missed_least_go_first(tiny_backbone: nn.Module, mon
     assert all(torch.equal(was, now) for was, now in zip(before, network.state_dict().values(), strict=True)), "nothing stays silent"
     with pytest.raises(ModelError, match="compute less than 99% of the head's MACs; choose less"):
         _least_needed(network, chooser, layers, 0.99)
+
+
+def test_a_point_behind_a_frozen_head_knows_whose_head_that_is() -> None:
+    given = Point("resnet20", "weights", "layer2.2", CodecSpec("uniform", 8, 2, 4), 3, 0)
+    still_given = dataclasses.replace(given, before=given)
+    adapted = dataclasses.replace(given, epochs=2, before=still_given)
+    behind = dataclasses.replace(given, before=dataclasses.replace(given, before=adapted))
+    assert [point.head_from for point in (given, still_given, adapted, behind)] == [None, None, None, adapted]
+    assert [", head frozen" in point.name for point in (given, still_given, adapted, behind)] == [True, True, False, False]
