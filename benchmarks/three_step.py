@@ -2,17 +2,20 @@
 
 Needs the data and weights that `make cifar10 DATA=... WEIGHTS=...` puts into examples/cifar10. Points that results/three_step.json holds already, with
 the same parameters and code, are not trained again, and the file is written after each one: stop it whenever you like, `--minutes` does it for you.
+Each training takes one core; sweeps of different points (`--only`) may run side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from benchmarks.end_to_end import RATES_MBPS, SLOWDOWNS, Way, as_raw, grid, medi
 from benchmarks.image_points import ImagePoint
 from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, write
-from benchmarks.split_points import costs_key, reference, reference_weights
+from benchmarks.split_points import STATE, costs_key, reference, reference_weights
 from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
 from benchmarks.three_step_points import CUTS, SEEDS, chains, every_point, uncoded
 from benchmarks.three_step_ways import (
@@ -50,7 +53,7 @@ TIMED_IMAGES, ROUNDS = 20, 4
 STREAM_IMAGES = 256
 RAW_IMAGE_BYTES = 3 * 32 * 32  # what sends more gains nothing by a faster device half
 GIVE_UP = 0.02  # of accuracy on validation: a chain whose point loses more ends there
-CHECKED = 2  # places a slowdown where splitting wins most, to be measured through the link
+CHECKED = 2  # places a slowdown where splitting wins most, and as many where something else is picked, to be measured through the link
 
 Raw = dict[str, Any]
 
@@ -86,8 +89,8 @@ def run_end_to_end(raw: Raw) -> Raw:
     checked = []
     for slowdown in SLOWDOWNS:
         real = sorted((place for place in places if place.slowdown == slowdown and place.real_cut), key=lambda place: place.ratio)
-        rest = [place for place in places if place.slowdown == slowdown and not place.real_cut][:: len(RATES_MBPS)]
-        for place in [*real[:CHECKED], *rest[:1]]:
+        rest = [place for place in places if place.slowdown == slowdown and not place.real_cut][len(RATES_MBPS) // 2 :: len(RATES_MBPS)]
+        for place in [*real[:CHECKED], *rest[:CHECKED]]:
             pair = [by_name[name] for name in dict.fromkeys((place.pick, place.baseline))]
             link = Link(place.rate_mbps, place.rtt_ms)
             times = through_link(pair, images[: 2 * TIMED_IMAGES], place.slowdown, link)
@@ -149,7 +152,81 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="train nothing; time all that was trained, and the grid of devices and links")
     arguments = parser.parse_args()
     os.chdir(ROOT / "examples/cifar10")
-    file, start = RESULTS / f"{NAME}.json", time.monotonic()
+    start = time.monotonic()
+
+    if arguments.time:
+        found = run_end_to_end(known())
+        with changed() as raw:
+            raw["end_to_end"] = found
+        return
+
+    def in_time() -> bool:
+        return (time.monotonic() - start) / 60 < arguments.minutes
+
+    def referred(backbone: str) -> Raw | None:
+        """The reference's row, which is trained unless it is known; None if time is up."""
+        row: Raw | None = known()["references"].get(backbone)
+        if in_time() and (row is None or not reference_weights(backbone).exists()):
+            row = reference(uncoded(backbone))
+            with changed() as raw:
+                raw["references"][backbone] = row
+        return row
+
+    def measured(point: Any) -> Raw | None:
+        """The row of `point`, which is trained unless it is known; None if time is up."""
+        if isinstance(point, ImagePoint) and referred(point.backbone) is None:  # made of the reference
+            return None
+        if (row := known()["points"].get(point.name)) or not in_time():
+            return row
+        began = time.perf_counter()
+        fields = asdict(point) | {"before": point.before.key() if point.before else None}
+        row = {"key": point.key(), "costs": costs_key(), "point": fields, **point.facts(), "validation": point.judged(load_split("validation"))}
+        row["seconds"] = round(time.perf_counter() - began, 1)
+        with changed() as raw:
+            raw["points"][point.name] = row
+        return row
+
+    wanted = [[point for point in chain if arguments.only in point.name] for chain in chains(arguments.seed)]
+    for chain in wanted:
+        for point in chain:
+            row, best = measured(point), known()["references"].get(point.backbone)
+            if row is None or (best and not near(row, best, loss=GIVE_UP)):
+                break
+    for backbone in CUTS if not arguments.only else ():
+        referred(backbone)
+    judge_on_test()
+
+
+def judge_on_test() -> None:
+    """Of the points within the loss on validation, means over seeds, those that were not yet."""
+    points, raw = {point.key(): point for point in every_point()}, known()
+    found = {}
+    for row in pooled(raw["points"]):
+        best = raw["references"].get(row["point"]["backbone"])
+        for each in row["of_seeds"] if best and near(row, best) else ():
+            if "test" not in each:
+                found[each["key"]] = points[each["key"]].judged(load_split("test"))
+    with changed() as raw:
+        for row in raw["points"].values():
+            if row["key"] in found:
+                row["test"] = found[row["key"]]
+
+
+@contextmanager
+def changed() -> Iterator[Raw]:
+    """`known()`, to be changed and then written; sweeps side by side take turns."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    with (STATE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        raw = known()
+        yield raw
+        seeds = sorted({row["point"].get("seed", 0) for row in raw["points"].values()})
+        write(NAME, dataset={"name": "CIFAR-10 (JPEG)", "hash": load_card().sha256}, seeds=seeds, figures=figures_of(raw), raw=raw)
+
+
+def known() -> Raw:
+    """What the results file holds of what is still wanted, trained and measured as it would be now."""
+    file = RESULTS / f"{NAME}.json"
     raw: Raw = json.loads(file.read_text())["raw"] if file.exists() else {"points": {}, "references": {}}
     raw["points"] = current(raw)
     raw["references"] = {backbone: row for backbone, row in raw["references"].items() if row["key"] == uncoded(backbone).key()}
@@ -157,55 +234,7 @@ def main() -> None:
         keys = {name: row["key"] for name, row in (raw["points"] | {"": raw["references"].get("resnet20", {"key": None})}).items()}
         if any(keys.get(name) != key for name, key in timed["keys"].items()):
             del raw["end_to_end"]
-
-    def save() -> None:
-        seeds = sorted({row["point"].get("seed", 0) for row in raw["points"].values()})
-        write(NAME, dataset={"name": "CIFAR-10 (JPEG)", "hash": load_card().sha256}, seeds=seeds, figures=figures_of(raw), raw=raw)
-
-    if arguments.time:
-        raw["end_to_end"] = run_end_to_end(raw)
-        save()
-        return
-
-    def in_time() -> bool:
-        return (time.monotonic() - start) / 60 < arguments.minutes
-
-    def refer(backbone: str) -> None:
-        if in_time() and (backbone not in raw["references"] or not reference_weights(backbone).exists()):
-            raw["references"][backbone] = reference(uncoded(backbone))
-            raw["points"] = current(raw)
-            save()
-
-    def measure(point: Any) -> Raw | None:
-        """The row of `point`, which is trained unless it is known; None if time is up."""
-        if isinstance(point, ImagePoint):  # made of the reference
-            refer(point.backbone)
-        if (known := raw["points"].get(point.name)) and known["key"] == point.key():
-            return dict(known)
-        if not in_time():
-            return None
-        began = time.perf_counter()
-        fields = asdict(point) | {"before": point.before.key() if point.before else None}
-        row = {"key": point.key(), "costs": costs_key(), "point": fields, **point.facts(), "validation": point.judged(load_split("validation"))}
-        raw["points"][point.name] = row | {"seconds": round(time.perf_counter() - began, 1)}
-        save()
-        return row
-
-    wanted = [[point for point in chain if arguments.only in point.name] for chain in chains(arguments.seed)]
-    for chain in wanted:
-        for point in chain:
-            row, best = measure(point), raw["references"].get(point.backbone)
-            if row is None or (best and not near(row, best, loss=GIVE_UP)):
-                break
-    for backbone in dict.fromkeys(point.backbone for chain in wanted for point in chain):
-        refer(backbone)
-    points = {point.key(): point for point in every_point()}
-    for row in pooled(raw["points"]):
-        best = raw["references"].get(row["point"]["backbone"])
-        for each in row["of_seeds"] if best and near(row, best) else ():
-            if "test" not in each:
-                each["test"] = points[each["key"]].judged(load_split("test"))
-    save()
+    return raw
 
 
 def current(raw: Raw) -> Raw:

@@ -34,7 +34,7 @@ def figures_of(raw: Raw) -> dict[str, Any]:
             figure(
                 best["test"],
                 "share",
-                f"top-1 on test of the best on validation of the backbone as it came and twice after as much training as the splits get ({best['better']})",
+                f"top-1 on test of the better on validation of the backbone as it came and after as much training as the splits get ({best['better']})",
             )
             if best
             else figure(None, "share", "not run yet")
@@ -199,6 +199,20 @@ def pruning_figures(raw: Raw) -> dict[str, Any]:
     return found
 
 
+def coder_figures(found: Raw) -> dict[str, Any]:
+    """What our splits' symbols cost beyond their cross-entropy, and how long an image's take."""
+    streams = [row["bits"] / row["cross_entropy_bits"] for row in found["coder"]]
+    times = [found["measured"][row["way"]]["encode_ms"] + found["measured"][row["way"]]["decode_ms"] for row in found["coder"]]
+    if not streams:
+        return {}
+    over = f"bits over cross-entropy of streams of at least 4,096 symbols, median of {len(streams)} splits"
+    spent = f"coding and decoding with frame, median of the same {len(times)} splits"
+    return {
+        "coder_over_cross_entropy": figure(median(streams), "ratio", over, n=len(streams), spread=(min(streams), max(streams))),
+        "coder_ms_per_image": figure(median(times), "ms", spent, n=len(times), spread=(min(times), max(times))),
+    }
+
+
 def end_to_end_figures(found: Raw) -> dict[str, Any]:
     """The worst ratio over the grid, and the best speed-up of a real cut at each slowdown."""
     worst = max(found["grid"], key=lambda place: place["ratio"])
@@ -210,6 +224,7 @@ def end_to_end_figures(found: Raw) -> dict[str, Any]:
         over = [median(row["ms"][row["pick"]]) / at_grid[row["slowdown"], row["rtt_ms"], row["rate_mbps"]]["pick_ms"] for row in checks]
         how = "what a pick took through two processes and an emulated link over what was computed for it, median of the places tried"
         figures["through_link_over_computed"] = figure(median(over), "ratio", how, n=len(over), spread=(min(over), max(over)))
+    figures |= coder_figures(found)
     accuracies = {way["name"]: way["accuracy"] for way in found["ways"]}
     pairs = [(name, f"{name}, int8") for name in accuracies if f"{name}, int8" in accuracies]
     if pairs:

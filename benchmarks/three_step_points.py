@@ -16,10 +16,12 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
-EPOCHS = {"first": (6, 4), "middle": (12, 4), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
-FURTHER = {"first": (0, 2), "middle": (3, 0), "last": (4, 0)}  # of each point after it
+EPOCHS = {"first": (3, 15), "middle": (4, 15), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
+FURTHER = {"first": (0, 3), "middle": (0, 3), "last": (4, 0)}  # of each point after it
+OTHER = (2, 3)  # of points whose codec is another than the one they go on from
 FINISHED = (0, 2)  # of points that go on from those behind a frozen head
-LARGE = {"first": (4, 3), "middle": (4, 3), "last": (8, 3)}  # of ResNet-56, pruned or not
+UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))  # of the network without codec: as many as the longest-trained split
+LARGE = (4, 3)  # of ResNet-56, pruned or not
 DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
@@ -27,16 +29,15 @@ IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
 ROOTS = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # what other kinds there go on from
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((24, 4, 3), (16, 4, 2), (16, 4, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
-    "first": (2e-4, 5e-4, 1e-3),
-    "middle": (4e-4, 1e-3),
+    "first": (2e-4, 4e-4, 8e-4),
+    "middle": (3e-4, 6e-4, 1.2e-3),
     "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32),
 }
-FINISHED_FROM = {"middle": 1e-3, "last": 0.16}
-FINISHED_RATE = {"middle": (1.5e-3, 3e-3), "last": (0.16, 0.32, 0.64)}
+FINISHED_RATE = (0.16, 0.32, 0.64)  # at the last cut, on from the first of these
 LAST_RATE = CodecSpec("rate", 16, 4, 3)
 BOTTLENETPP = {  # (stride, widths)
-    "first": ((4, (16, 8, 4, 2)), (8, (16, 8, 4, 2))),
-    "middle": ((2, (8, 4, 2, 1)), (4, (16, 8, 4, 2))),
+    "first": ((4, (16, 8, 4)), (8, (16, 8, 4))),
+    "middle": ((2, (8, 4, 2)), (4, (16, 8, 4))),
     "last": ((4, (8, 4, 2, 1)), (2, (2, 1))),
 }
 LARGE_RATE = {"first": 2e-4, "middle": 4e-4, "last": 2e-2}
@@ -62,60 +63,64 @@ def _seeded(point: Any, seed: int) -> Any:
 
 
 def _chains() -> Iterator[Sequence[Any]]:
-    for where in ("middle", "first"):
+    for where in ROOTS:
         yield [_root(where)]
         yield _rates(where)
-    yield _finished("middle")
-    yield _rates("last")
     yield [_image(image_format, 100) for image_format in ("png", "webp")]
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]
     yield _images("webp", (60, 50, 40, 30))
-    yield _finished("last")
+    yield _rates("last")
+    yield _finished([_rate("last", weight) for weight in FINISHED_RATE], _rates("last")[RATE["last"].index(FINISHED_RATE[0])])
     for where in CUTS["resnet20"]:
         for stride, widths in BOTTLENETPP[where]:
-            yield _chain(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
-    few = _chain("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (8, 4)])[-1]
-    yield _chain("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], few, FINISHED)
-    for where in ("middle", "first"):
-        yield _chain(where, [CodecSpec("uniform", *size) for size in UNIFORM[where]], _root(where))
-    frozen = _chain("last", [CodecSpec("uniform", *size) for size in UNIFORM["last"]])
+            yield _others(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
+    few = _others("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (8, 4)])[-1]
+    yield _finished([CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], few)
+    for where in ROOTS:
+        yield _chain(_root(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [FURTHER[where]])
+    frozen = _others("last", [CodecSpec("uniform", *size) for size in UNIFORM["last"]])
     yield frozen
-    yield _chain("last", [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1), (2, 4, 2))], frozen[-1], FINISHED)
-    yield _chain("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
+    yield _finished([CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1), (2, 4, 2))], frozen[-1])
+    for where in CUTS["resnet20"]:
+        yield _others(where, [CodecSpec("codebook", *UNIFORM[where][0])])
+    yield _others("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
+    yield _others("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
+    yield _others("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
+    yield _others("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
+    yield _whole((0.9, 0.8, 0.7))
+    yield _pruned_small()
     for where, cut in CUTS["resnet56"].items():
-        behind, together = LARGE[where]
+        behind, together = LARGE
         point = Point("resnet56", WEIGHTS["resnet56"], cut, _rate(where, LARGE_RATE[where]), behind, together)
         yield [point]
         yield [dataclasses.replace(point, epochs=together - PRUNING, share=DROPPED, prune_epochs=PRUNING)]
-    yield _whole((0.9, 0.8, 0.7))
-    yield _pruned_small()
     yield _images("jpeg", (60, 50, 40, 30))
-    for where in ("middle", "first"):
-        yield _chain(where, [CodecSpec("codebook", *UNIFORM[where][0])], _root(where))
-    yield _chain("last", [CodecSpec("codebook", *UNIFORM["last"][0])])
     yield from _two_step()
-    yield _chain("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
-    yield _chain("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
-    yield _chain("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
     for where in CUTS["resnet20"]:
-        yield _chain(where, [CodecSpec("public-code", 4, 1, 4)])
-    yield _chain("last", [CodecSpec("public-code-vector", 16, 1, 4)])
+        yield _others(where, [CodecSpec("public-code", 4, 1, 4)])
+    yield _others("last", [CodecSpec("public-code-vector", 16, 1, 4)])
 
 
 def _root(where: str) -> Point:
-    (root,) = _chain(where, [ROOTS[where]])
-    return root
+    """At the last cut, behind which little but the codec is left to train, the network without codec."""
+    if where not in ROOTS:
+        return _uncoded()[1]
+    return Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], ROOTS[where], *EPOCHS[where])
 
 
 def _rates(where: str) -> list[Point]:
-    return _chain(where, [_rate(where, weight) for weight in RATE[where]], _root(where) if where in ROOTS else None)
+    return _chain(_root(where), [_rate(where, weight) for weight in RATE[where]], [EPOCHS[where]] * (where not in ROOTS) + [FURTHER[where]])
 
 
-def _finished(where: str) -> list[Point]:
+def _others(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
+    """Of another kind than what they go on from."""
+    return _chain(_root(where), codecs, [OTHER if where in ROOTS else EPOCHS[where], FURTHER[where]])
+
+
+def _finished(codecs: Sequence[CodecSpec], before: Point) -> list[Point]:
     """Whole networks, from the cheapest code behind a frozen head that is still good."""
-    before = next(point for point in _rates(where) if point.codec.rate_weight == FINISHED_FROM[where])
-    return _chain(where, [_rate(where, weight) for weight in FINISHED_RATE[where]], before, FINISHED)
+    return _chain(before, codecs, [FINISHED])
 
 
 def _rate(where: str, weight: float) -> CodecSpec:
@@ -134,10 +139,11 @@ def _image(image_format: Format, quality: int, epochs: int = 0, before: ImagePoi
 
 
 def _whole(shares: Sequence[float]) -> list[PrunedPoint]:
-    """The network pruned to stay on the device, each from what the one before left; `shares` are of the whole network's channels."""
+    """The reference pruned to stay on the device, each from what the one before left; `shares` are of the whole network's channels."""
     points: list[PrunedPoint] = []
+    weights = str(reference_weights("resnet20"))
     for share, before in zip(shares, (1.0, *shares), strict=False):
-        points.append(PrunedPoint("resnet20", WEIGHTS["resnet20"], round(share / before, 3), WHOLE_EPOCHS, before=points[-1] if points else None))
+        points.append(PrunedPoint("resnet20", weights, round(share / before, 3), WHOLE_EPOCHS, before=points[-1] if points else None))
     return points
 
 
@@ -145,37 +151,34 @@ def _two_step() -> Iterator[list[PrunedPoint]]:
     """2-step pruning at each cut: all keep 0.8, then what crosses a half, then a half of that."""
     first = _whole((0.9, 0.8))[-1]
     for cut in CUTS["resnet20"].values():
-        half = PrunedPoint("resnet20", WEIGHTS["resnet20"], 0.5, WHOLE_EPOCHS, cut, first)
-        yield [half, PrunedPoint("resnet20", WEIGHTS["resnet20"], 0.5, WHOLE_EPOCHS, cut, half)]
+        half = PrunedPoint("resnet20", first.weights, 0.5, WHOLE_EPOCHS, cut, first)
+        yield [half, PrunedPoint("resnet20", first.weights, 0.5, WHOLE_EPOCHS, cut, half)]
 
 
 def _pruned_small() -> list[Point]:
-    """ResNet-20's middle half without its least needed blocks, and pruned evenly to as many MACs: trained as the first finished `rate` was."""
-    whole = _finished("middle")[0]
+    """ResNet-20's middle half without its least needed blocks, and pruned evenly to as many MACs: trained as the second `rate` was."""
+    whole = _rates("middle")[1]
     pruned = dataclasses.replace(whole, epochs=whole.epochs - PRUNING_SMALL, share=DROPPED_SMALL, prune_epochs=PRUNING_SMALL)
     return [pruned, dataclasses.replace(pruned, evenly=True)]
 
 
-def _chain(where: str, codecs: list[CodecSpec], root: Point | None = None, further: tuple[int, int] | None = None) -> list[Point]:
-    """A point for each codec, each from the one before it and the first from `root`; `further` epochs for each after the first of a cut."""
+def _chain(root: Point, codecs: Sequence[CodecSpec], epochs: Sequence[tuple[int, int]]) -> list[Point]:
+    """A point for each codec, each from the one before it and the first from `root`; the last of `epochs` are those of all further ones."""
     points: list[Point] = []
-    for codec in codecs:
-        before = points[-1] if points else root
-        frozen, together = (further or FURTHER[where]) if before else EPOCHS[where]
-        points.append(Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], codec, frozen, together, before=before))
+    for number, codec in enumerate(codecs):
+        frozen, together = epochs[min(number, len(epochs) - 1)]
+        points.append(dataclasses.replace(root, codec=codec, frozen_epochs=frozen, epochs=together, before=points[-1] if points else root))
     return points
 
 
+def _uncoded() -> list[Point]:
+    first, *rest = UNCODED
+    root = Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"]["last"], CodecSpec("raw-fp32", 64, 1, 8), *first)
+    return [root, *_chain(root, [root.codec] * len(rest), rest)]
+
+
 def uncoded(backbone: str) -> Point:
-    """What its reference gets: as many epochs of all as any split of `backbone`, after those behind the frozen head that a chain starts with, without codec.
-
-    Chains at the last cut have more behind the frozen head, where little but the codec is left to train.
-    """
-    behind = max(epochs for epochs, _ in (LARGE if backbone == "resnet56" else EPOCHS).values())
-    together = max(_of_all(point) for chain in _chains() for point in chain if isinstance(point, Point) and point.backbone == backbone)
-    return Point(backbone, WEIGHTS[backbone], CUTS[backbone]["middle"], CodecSpec("raw-fp32", 32, 1, 8), behind, together)
-
-
-def _of_all(point: Point) -> int:
-    """The epochs in which the whole network was trained, up to `point`."""
-    return point.epochs + point.prune_epochs + (_of_all(point.before) if point.before else 0)
+    """What `backbone`'s reference gets last: as many epochs of all as any split, without codec."""
+    if backbone == "resnet20":
+        return _uncoded()[-1]
+    return Point(backbone, WEIGHTS[backbone], CUTS[backbone]["middle"], CodecSpec("raw-fp32", 32, 1, 8), *LARGE)

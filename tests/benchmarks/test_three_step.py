@@ -10,7 +10,7 @@ import torch
 from benchmarks.noise import pam, sigma
 from benchmarks.split_points import Point
 from benchmarks.three_step import cheapest_alike
-from benchmarks.three_step_figures import figures_of, pruning_figures
+from benchmarks.three_step_figures import coder_figures, figures_of, pruning_figures
 from benchmarks.three_step_points import CUTS, every_point, uncoded
 from models.backbones import build_backbone
 from models.codecs import build_codec
@@ -152,3 +152,13 @@ def test_what_could_not_win_is_not_timed() -> None:
     rows["pruned"] = split("rate", 200, 0.891, None)
     rows["pruned"]["point"] |= {"share": 0.3, "evenly": False}
     assert "pruned" in cheapest_alike(rows, REFERENCES["resnet20"]), "its device half is another"
+
+
+def test_the_coder_is_judged_on_whole_streams_and_timed_on_single_images() -> None:
+    streams = [{"way": name, "bits": bits, "cross_entropy_bits": 1000} for name, bits in (("a", 1002), ("b", 1010), ("c", 1004))]
+    times = {name: {"encode_ms": 0.1 * number, "decode_ms": 0.2 * number} for number, name in enumerate("abc", start=1)}
+    found = coder_figures({"coder": streams, "measured": times | {"webp": {"encode_ms": 9, "decode_ms": 9}}})
+    assert found["coder_over_cross_entropy"]["value"] == pytest.approx(1.004)
+    assert found["coder_over_cross_entropy"]["spread"] == pytest.approx([1.002, 1.010])
+    assert found["coder_ms_per_image"]["value"] == pytest.approx(0.6)
+    assert coder_figures({"coder": [], "measured": times}) == {}
