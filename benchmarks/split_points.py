@@ -5,6 +5,7 @@ Trained weights and unfinished trainings lie under .coinfer/three-step/ of the e
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -28,7 +29,6 @@ from models.channel_plan import ChannelPlan, Silence, rebuild
 from models.codec import CodecSpec, MultiRateCodec, SymbolCodec
 from models.coinference import CoInference, build_split
 from models.cutting import count_macs, cut_points
-from models.cutting import split as split_at
 from models.jscc import ChannelCodec
 from models.pruning import Pruner
 from pipeline.data import Split, View, load_card, load_split
@@ -57,9 +57,10 @@ COSTS = (
 THREADS = 1  # two sweeps side by side get more out of two cores than one with two threads
 TABLE_IMAGES = 10_000
 SETTINGS = Finetune(
-    epochs=1, batch_size=128, learning_rate=0.02, weight_decay=5e-4, ema_decay=0.998, distill_logits=4.0, distill_feature=0.0, flip=True, crop_padding=4
+    epochs=1, batch_size=128, learning_rate=0.01, weight_decay=5e-4, ema_decay=0.998, distill_logits=4.0, distill_feature=0.0, flip=True, crop_padding=4
 )
 FROZEN = SETTINGS.model_copy(update={"learning_rate": 0.05, "distill_feature": 0.2})  # behind a frozen head
+LONG = SETTINGS.model_copy(update={"learning_rate": 0.02}), 10  # settings of trainings of as many epochs or more
 PRUNE_ROUNDS = 3
 STATISTICS_IMAGES, CHOICE_IMAGES = 1_024, 1_000
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -164,7 +165,8 @@ def trained(point: Point) -> CoInference:
             network = CoInference(rebuild(network.head, plan), network.codec, network.tail)
             recalibrated(network.head, load_split("train")[0][:STATISTICS_IMAGES])
             atomic_write_text(plan_file, plan.to_json())
-        train(SplitDistiller(network, teacher(), SETTINGS, 0.0), point.name, f"{point.key()}-all", point.epochs, point.seed)
+        settings = LONG[0] if point.epochs >= LONG[1] else SETTINGS
+        train(SplitDistiller(network, teacher(), settings, 0.0), point.name, f"{point.key()}-all", point.epochs, point.seed)
         atomic_write_bytes(file, weights_bytes(network))
     elif point.prune_epochs:
         network = CoInference(rebuild(network.head, ChannelPlan.from_json(plan_file.read_text())), network.codec, network.tail)
@@ -174,11 +176,9 @@ def trained(point: Point) -> CoInference:
 
 def _train_behind(network: CoInference, point: Point) -> None:
     """Codec and tail of `network`; the features of its head are kept for every point that has the same."""
-    head = trained(point.head_from).head if point.head_from else split_at(backbone_of(point), EXAMPLE, point.cut)[0]
-    assert all(torch.equal(tensor, network.head.state_dict()[name]) for name, tensor in head.state_dict().items())
     whose = (point.backbone, digest(Path(point.weights)), point.cut, *([point.head_from.key()] if point.head_from else []))
     folder = STATE / f"features-{named(*whose, SETTINGS.crop_padding, SETTINGS.flip, recipe())}"
-    data = FeatureData(head, (None, teacher()), folder, load_split("train"), load_split("validation"), FROZEN, point.seed)
+    data = FeatureData(copy.deepcopy(network.head), (None, teacher()), folder, load_split("train"), load_split("validation"), FROZEN, point.seed)
     _fit(BehindHead(network, FROZEN, 0.0), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
 
 
@@ -256,7 +256,7 @@ def reference_weights(backbone: str) -> Path:
 
 
 def recipe() -> list[Any]:
-    settings = [SETTINGS.model_dump(), FROZEN.model_dump(), PRUNE_ROUNDS, STATISTICS_IMAGES, CHOICE_IMAGES, COPIES]
+    settings = [SETTINGS.model_dump(), LONG[0].model_dump(), LONG[1], FROZEN.model_dump(), PRUNE_ROUNDS, STATISTICS_IMAGES, CHOICE_IMAGES, COPIES]
     return [RECIPE, load_card().sha256, settings, {name: digest(Path(file)) for name, file in WEIGHTS.items()}]
 
 
@@ -329,9 +329,12 @@ def _fit(lesson: Classifier, data: DataModule, name: str, folder: str, epochs: i
 @torch.no_grad()
 def _take_over(network: CoInference, before: CoInference) -> None:
     """Weights of `before`; of its code channels, where `network` has fewer, those that the decoder leans on most."""
-    for part in ("head", "tail"):
-        getattr(network, part).load_state_dict(getattr(before, part).state_dict())
+    state = before.head.state_dict() | before.tail.state_dict()
+    for part in (network.head, network.tail):  # which need not be cut where `before` is
+        part.load_state_dict({name: state[name] for name in part.state_dict()})
     old, new = before.codec, network.codec
+    if old.spec.kind == "raw-fp32":
+        return
     count = new.code_shape[0]
     first = next(layer for layer in old.decode.modules() if isinstance(layer, (nn.ConvTranspose2d, nn.Conv2d)))
     by_code = first.weight if isinstance(first, nn.ConvTranspose2d) else first.weight.transpose(0, 1)

@@ -16,21 +16,30 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
-EPOCHS = {"first": (3, 15), "middle": (4, 15), "last": (12, 0)}  # of a chain's first point: behind the frozen head, then all
-FURTHER = {"first": (0, 3), "middle": (0, 3), "last": (4, 0)}  # of each point after it
-OTHER = (2, 3)  # of points whose codec is another than the one they go on from
+UNCODED = (
+    (2, 15),
+    (0, 3),
+    (0, 3),
+    (0, 3),
+)  # behind the frozen head, then all: of the network without codec, whose first part is what codecs at the last cut start from
+EPOCHS = {"first": (2, 3), "middle": (2, 3), "last": (12, 0)}  # of a chain's first codec
+FURTHER = {"first": (0, 3), "middle": (0, 3), "last": (4, 0)}  # of each after it
+DIRECT = (0, 9)  # of each rate weight there that starts from the fine code
 FINISHED = (0, 2)  # of points that go on from those behind a frozen head
-UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))  # of the network without codec: as many as the longest-trained split
+FINE_EPOCHS = {"first": (3, 15), "middle": (4, 15)}
+FINE = {
+    "first": CodecSpec("uniform", 16, 4, 4),
+    "middle": CodecSpec("uniform", 32, 4, 4),
+}  # trained from the start, with the network; what other codecs there go on from
 LARGE = (4, 3)  # of ResNet-56, pruned or not
 DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
-ROOTS = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # what other kinds there go on from
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((24, 4, 3), (16, 4, 2), (16, 4, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
-    "first": (2e-4, 4e-4, 8e-4),
-    "middle": (3e-4, 6e-4, 1.2e-3),
+    "first": (3e-4, 6e-4, 1.5e-4),
+    "middle": (7e-4, 1.4e-3, 3e-4),
     "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32),
 }
 FINISHED_RATE = (0.16, 0.32, 0.64)  # at the last cut, on from the first of these
@@ -63,9 +72,10 @@ def _seeded(point: Any, seed: int) -> Any:
 
 
 def _chains() -> Iterator[Sequence[Any]]:
-    for where in ROOTS:
-        yield [_root(where)]
-        yield _rates(where)
+    for where in FINE:
+        yield [_fine(where)]
+        for point in _rates(where):
+            yield [point]
     yield [_image(image_format, 100) for image_format in ("png", "webp")]
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]
@@ -77,8 +87,8 @@ def _chains() -> Iterator[Sequence[Any]]:
             yield _others(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
     few = _others("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (8, 4)])[-1]
     yield _finished([CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], few)
-    for where in ROOTS:
-        yield _chain(_root(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [FURTHER[where]])
+    for where in FINE:
+        yield _chain(_fine(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [(0, 3)])
     frozen = _others("last", [CodecSpec("uniform", *size) for size in UNIFORM["last"]])
     yield frozen
     yield _finished([CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1), (2, 4, 2))], frozen[-1])
@@ -102,20 +112,21 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield _others("last", [CodecSpec("public-code-vector", 16, 1, 4)])
 
 
-def _root(where: str) -> Point:
-    """At the last cut, behind which little but the codec is left to train, the network without codec."""
-    if where not in ROOTS:
-        return _uncoded()[1]
-    return Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], ROOTS[where], *EPOCHS[where])
-
-
 def _rates(where: str) -> list[Point]:
-    return _chain(_root(where), [_rate(where, weight) for weight in RATE[where]], [EPOCHS[where]] * (where not in ROOTS) + [FURTHER[where]])
+    """A chain at the last cut; elsewhere each from the fine code."""
+    codecs = [_rate(where, weight) for weight in RATE[where]]
+    if where not in FINE:
+        return _others(where, codecs)
+    return [point for codec in codecs for point in _chain(_fine(where), [codec], [DIRECT])]
 
 
 def _others(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
-    """Of another kind than what they go on from."""
-    return _chain(_root(where), codecs, [OTHER if where in ROOTS else EPOCHS[where], FURTHER[where]])
+    """From the fine code; at the last cut, behind which little but the codec is left to train, from the network without codec."""
+    return _chain(_fine(where) if where in FINE else _uncoded()[0], codecs, [EPOCHS[where], FURTHER[where]])
+
+
+def _fine(where: str) -> Point:
+    return Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], FINE[where], *FINE_EPOCHS[where])
 
 
 def _finished(codecs: Sequence[CodecSpec], before: Point) -> list[Point]:
@@ -124,7 +135,7 @@ def _finished(codecs: Sequence[CodecSpec], before: Point) -> list[Point]:
 
 
 def _rate(where: str, weight: float) -> CodecSpec:
-    return dataclasses.replace(ROOTS.get(where, LAST_RATE), kind="rate", rate_weight=weight)
+    return dataclasses.replace(FINE.get(where, LAST_RATE), kind="rate", rate_weight=weight)
 
 
 def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
@@ -156,8 +167,8 @@ def _two_step() -> Iterator[list[PrunedPoint]]:
 
 
 def _pruned_small() -> list[Point]:
-    """ResNet-20's middle half without its least needed blocks, and pruned evenly to as many MACs: trained as the second `rate` was."""
-    whole = _rates("middle")[1]
+    """ResNet-20's middle half without its least needed blocks, and pruned evenly to as many MACs: trained as the first `rate` was."""
+    whole = _rates("middle")[0]
     pruned = dataclasses.replace(whole, epochs=whole.epochs - PRUNING_SMALL, share=DROPPED_SMALL, prune_epochs=PRUNING_SMALL)
     return [pruned, dataclasses.replace(pruned, evenly=True)]
 
@@ -167,7 +178,8 @@ def _chain(root: Point, codecs: Sequence[CodecSpec], epochs: Sequence[tuple[int,
     points: list[Point] = []
     for number, codec in enumerate(codecs):
         frozen, together = epochs[min(number, len(epochs) - 1)]
-        points.append(dataclasses.replace(root, codec=codec, frozen_epochs=frozen, epochs=together, before=points[-1] if points else root))
+        before = points[-1] if points else root
+        points.append(dataclasses.replace(before, codec=codec, frozen_epochs=frozen, epochs=together, before=before))
     return points
 
 
