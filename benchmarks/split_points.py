@@ -6,11 +6,12 @@ Trained weights and unfinished trainings lie under .coinfer/three-step/ of the e
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -155,23 +156,29 @@ def trained(point: Point) -> CoInference:
     torch.manual_seed(point.seed)
     network = build_split(backbone, EXAMPLE, point.cut, point.codec)
     file, plan_file = STATE / f"{point.key()}.safetensors", STATE / f"{point.key()}.plan.json"
-    if not file.exists():
-        if point.before is not None:
-            _take_over(network, trained(point.before))
-        if point.frozen_epochs:
-            _train_behind(network, point)
-        if point.prune_epochs:
-            plan = _prune(network, backbone, point)
-            network = CoInference(rebuild(network.head, plan), network.codec, network.tail)
-            recalibrated(network.head, load_split("train")[0][:STATISTICS_IMAGES])
-            atomic_write_text(plan_file, plan.to_json())
-        settings = LONG[0] if point.epochs >= LONG[1] else SETTINGS
-        train(SplitDistiller(network, teacher(), settings, 0.0), point.name, f"{point.key()}-all", point.epochs, point.seed)
-        atomic_write_bytes(file, weights_bytes(network))
-    elif point.prune_epochs:
+    with alone(point.key()):
+        if not file.exists():
+            atomic_write_bytes(file, weights_bytes(_train(network, backbone, point, plan_file)))
+    if point.prune_epochs:
         network = CoInference(rebuild(network.head, ChannelPlan.from_json(plan_file.read_text())), network.codec, network.tail)
     network.load_state_dict(load_file(file))
     return network.eval()
+
+
+def _train(network: CoInference, backbone: nn.Module, point: Point, plan_file: Path) -> CoInference:
+    """`network` trained as `point` says, from the point before it."""
+    if point.before is not None:
+        _take_over(network, trained(point.before))
+    if point.frozen_epochs:
+        _train_behind(network, point)
+    if point.prune_epochs:
+        plan = _prune(network, backbone, point)
+        network = CoInference(rebuild(network.head, plan), network.codec, network.tail)
+        recalibrated(network.head, load_split("train")[0][:STATISTICS_IMAGES])
+        atomic_write_text(plan_file, plan.to_json())
+    settings = LONG[0] if point.epochs >= LONG[1] else SETTINGS
+    train(SplitDistiller(network, teacher(), settings, 0.0), point.name, f"{point.key()}-all", point.epochs, point.seed)
+    return network
 
 
 def _train_behind(network: CoInference, point: Point) -> None:
@@ -241,7 +248,7 @@ def reference(uncoded: Point) -> dict[str, Any]:
         further = further.before
     best = max(found, key=lambda name: found[name])
     network.load_state_dict(states[best])
-    atomic_write_bytes(reference_weights(uncoded.backbone), weights_bytes(network))
+    atomic_write_bytes(reference_weights(uncoded), weights_bytes(network))
     return {"key": uncoded.key(), "better": best, "of": found, "validation": found[best], "test": accuracy(network, load_split("test"))}
 
 
@@ -250,9 +257,9 @@ def epochs_of_all(point: Point) -> int:
     return point.epochs + point.prune_epochs + (epochs_of_all(point.before) if point.before else 0)
 
 
-def reference_weights(backbone: str) -> Path:
+def reference_weights(uncoded: Point) -> Path:
     """Where the reference's weights lie, once `reference` has run."""
-    return STATE / f"reference-{backbone}.safetensors"
+    return STATE / f"reference-{uncoded.key()}.safetensors"
 
 
 def recipe() -> list[Any]:
@@ -329,9 +336,8 @@ def _fit(lesson: Classifier, data: DataModule, name: str, folder: str, epochs: i
 @torch.no_grad()
 def _take_over(network: CoInference, before: CoInference) -> None:
     """Weights of `before`; of its code channels, where `network` has fewer, those that the decoder leans on most."""
-    state = before.head.state_dict() | before.tail.state_dict()
-    for part in (network.head, network.tail):  # which need not be cut where `before` is
-        part.load_state_dict({name: state[name] for name in part.state_dict()})
+    for part in ("head", "tail"):
+        getattr(network, part).load_state_dict(getattr(before, part).state_dict())
     old, new = before.codec, network.codec
     if old.spec.kind == "raw-fp32":
         return
@@ -397,5 +403,21 @@ def size(values: list[int]) -> dict[str, float]:
 
 
 def digest(path: Path) -> str:
-    """Of a file; of one that is still to be made, a word."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "to be made"
+    """Of a file; of what is trained here its name, which says all it depends on and is the same on every machine."""
+    if path.parent == STATE:
+        return path.stem
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, changed_ns: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """With `name` to itself: a sweep side by side that wants the same waits, and then finds it done."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    with (STATE / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

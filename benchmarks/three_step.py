@@ -8,7 +8,6 @@ Each training takes one core; sweeps of different points (`--only`) may run side
 from __future__ import annotations
 
 import argparse
-import fcntl
 import itertools
 import json
 import os
@@ -22,11 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.end_to_end import RATES_MBPS, SLOWDOWNS, Way, as_raw, grid, medians, through_link, time_parts
+from benchmarks.end_to_end import SLOWDOWNS, Way, as_raw, grid, medians, through_link, time_parts
 from benchmarks.image_points import ImagePoint
 from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, write
-from benchmarks.split_points import STATE, costs_key, reference, reference_weights
+from benchmarks.split_points import alone, costs_key, reference, reference_weights
 from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
 from benchmarks.three_step_points import CUTS, SEEDS, chains, every_point, uncoded
 from benchmarks.three_step_ways import (
@@ -50,7 +49,7 @@ from pipeline.inference import accuracy
 
 NAME = "three_step"
 TIMED_IMAGES, ROUNDS = 20, 4
-STREAM_IMAGES = 256
+STREAM_IMAGES = 512
 RAW_IMAGE_BYTES = 3 * 32 * 32  # what sends more gains nothing by a faster device half
 GIVE_UP = 0.02  # of accuracy on validation: a chain whose point loses more ends there
 CHECKED = 2  # places a slowdown where splitting wins most, and as many where something else is picked, to be measured through the link
@@ -70,7 +69,7 @@ def run_end_to_end(raw: Raw) -> Raw:
         found, point = row["validation"], points[name]
         build = of_image if isinstance(point, ImagePoint) else of_pruned if isinstance(point, PrunedPoint) else of_split
         ways.append(build(point, found["accuracy"], found.get("frame_bytes", {"mean": 0.0})["mean"]))
-    weights = str(reference_weights("resnet20"))
+    weights = str(reference_weights(uncoded("resnet20")))
     network = build_backbone("resnet20", load_card().num_classes, 32, Path(weights)).eval()
     local = device_only(network, "resnet20 device-only", accuracy(network, validation), ours=False)
     ways += [*raw_features("resnet20", weights, train, validation), local, device_only_in_int8(local, train, validation)]
@@ -89,8 +88,8 @@ def run_end_to_end(raw: Raw) -> Raw:
     checked = []
     for slowdown in SLOWDOWNS:
         real = sorted((place for place in places if place.slowdown == slowdown and place.real_cut), key=lambda place: place.ratio)
-        rest = [place for place in places if place.slowdown == slowdown and not place.real_cut][len(RATES_MBPS) // 2 :: len(RATES_MBPS)]
-        for place in [*real[:CHECKED], *rest[:CHECKED]]:
+        rest = [place for place in places if place.slowdown == slowdown and not place.real_cut]
+        for place in [*real[:CHECKED], *rest[len(rest) // 4 :: max(len(rest) // 2, 1)][:CHECKED]]:
             pair = [by_name[name] for name in dict.fromkeys((place.pick, place.baseline))]
             link = Link(place.rate_mbps, place.rtt_ms)
             times = through_link(pair, images[: 2 * TIMED_IMAGES], place.slowdown, link)
@@ -101,7 +100,7 @@ def run_end_to_end(raw: Raw) -> Raw:
     halves = {where: time_parts([way for _, way in pair], images[:TIMED_IMAGES], ROUNDS) for where, pair in pairs.items() if pair}
     pruned = {where: {name: parts["device_ms"] for name, parts in times.items()} for where, times in halves.items()}
     timed = [*by_name, *itertools.chain.from_iterable(pruned.values())]
-    streams = [{"way": way.name, **stream_cost(way, validation[0][:STREAM_IMAGES])} for way in ways if way.ours]
+    streams = [{"way": way.name, **stream_cost(way, validation[0][:STREAM_IMAGES])} for way in ways if way.ours and way.name in points]
     return {
         "keys": {"": best["key"]} | {name: raw["points"][name]["key"] for name in timed if name in raw["points"]},
         "ways": facts,
@@ -166,7 +165,7 @@ def main() -> None:
     def referred(backbone: str) -> Raw | None:
         """The reference's row, which is trained unless it is known; None if time is up."""
         row: Raw | None = known()["references"].get(backbone)
-        if in_time() and (row is None or not reference_weights(backbone).exists()):
+        if in_time() and (row is None or not reference_weights(uncoded(backbone)).exists()):
             row = reference(uncoded(backbone))
             with changed() as raw:
                 raw["references"][backbone] = row
@@ -174,7 +173,7 @@ def main() -> None:
 
     def measured(point: Any) -> Raw | None:
         """The row of `point`, which is trained unless it is known; None if time is up."""
-        if isinstance(point, ImagePoint) and referred(point.backbone) is None:  # made of the reference
+        if isinstance(point, ImagePoint | PrunedPoint) and referred(point.backbone) is None:  # made of the reference
             return None
         if (row := known()["points"].get(point.name)) or not in_time():
             return row
@@ -215,9 +214,7 @@ def judge_on_test() -> None:
 @contextmanager
 def changed() -> Iterator[Raw]:
     """`known()`, to be changed and then written; sweeps side by side take turns."""
-    STATE.mkdir(parents=True, exist_ok=True)
-    with (STATE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone("results"):
         raw = known()
         yield raw
         seeds = sorted({row["point"].get("seed", 0) for row in raw["points"].values()})
@@ -239,8 +236,8 @@ def known() -> Raw:
 
 def current(raw: Raw) -> Raw:
     """The rows of points that are still wanted and were trained and measured as they would be now."""
-    wanted = {point.name: point.key() for point in every_point()}
-    return {name: row for name, row in raw["points"].items() if (row["key"], row["costs"]) == (wanted.get(name), costs_key())}
+    wanted, costs = {point.name: point.key() for point in every_point()}, costs_key()
+    return {name: row for name, row in raw["points"].items() if (row["key"], row["costs"]) == (wanted.get(name), costs)}
 
 
 if __name__ == "__main__":

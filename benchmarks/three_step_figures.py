@@ -34,7 +34,7 @@ def figures_of(raw: Raw) -> dict[str, Any]:
             figure(
                 best["test"],
                 "share",
-                f"top-1 on test of the better on validation of the backbone as it came and after as much training as the splits get ({best['better']})",
+                f"top-1 on test of the best on validation of the backbone as it came and at every stage of as many epochs as the splits get ({best['better']})",
             )
             if best
             else figure(None, "share", "not run yet")

@@ -38,11 +38,11 @@ WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((24, 4, 3), (16, 4, 2), (16, 4, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
-    "first": (3e-4, 6e-4, 1.5e-4),
-    "middle": (7e-4, 1.4e-3, 3e-4),
+    "first": (3e-4, 5e-4, 1.5e-4),
+    "middle": (3e-4, 7e-4, 1.4e-3),
     "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32),
 }
-FINISHED_RATE = (0.16, 0.32, 0.64)  # at the last cut, on from the first of these
+FINISHED_RATE = 0.04, (0.08, 0.16, 0.32)  # at the last cut: the one gone on from, and those that do
 LAST_RATE = CodecSpec("rate", 16, 4, 3)
 BOTTLENETPP = {  # (stride, widths)
     "first": ((4, (16, 8, 4)), (8, (16, 8, 4))),
@@ -81,17 +81,18 @@ def _chains() -> Iterator[Sequence[Any]]:
         yield [_image(image_format, quality) for quality in QUALITIES]
     yield _images("webp", (60, 50, 40, 30))
     yield _rates("last")
-    yield _finished([_rate("last", weight) for weight in FINISHED_RATE], _rates("last")[RATE["last"].index(FINISHED_RATE[0])])
+    good, weights = FINISHED_RATE
+    yield _chain(_rates("last")[RATE["last"].index(good)], [_rate("last", weight) for weight in weights], [FINISHED])
     for where in CUTS["resnet20"]:
         for stride, widths in BOTTLENETPP[where]:
             yield _others(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
     few = _others("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (8, 4)])[-1]
-    yield _finished([CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], few)
+    yield _chain(few, [CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], [FINISHED])
     for where in FINE:
         yield _chain(_fine(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [(0, 3)])
     frozen = _others("last", [CodecSpec("uniform", *size) for size in UNIFORM["last"]])
     yield frozen
-    yield _finished([CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1), (2, 4, 2))], frozen[-1])
+    yield _chain(frozen[-1], [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1), (2, 4, 2))], [FINISHED])
     for where in CUTS["resnet20"]:
         yield _others(where, [CodecSpec("codebook", *UNIFORM[where][0])])
     yield _others("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
@@ -129,11 +130,6 @@ def _fine(where: str) -> Point:
     return Point("resnet20", WEIGHTS["resnet20"], CUTS["resnet20"][where], FINE[where], *FINE_EPOCHS[where])
 
 
-def _finished(codecs: Sequence[CodecSpec], before: Point) -> list[Point]:
-    """Whole networks, from the cheapest code behind a frozen head that is still good."""
-    return _chain(before, codecs, [FINISHED])
-
-
 def _rate(where: str, weight: float) -> CodecSpec:
     return dataclasses.replace(FINE.get(where, LAST_RATE), kind="rate", rate_weight=weight)
 
@@ -146,13 +142,13 @@ def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
 
 
 def _image(image_format: Format, quality: int, epochs: int = 0, before: ImagePoint | None = None) -> ImagePoint:
-    return ImagePoint("resnet20", str(reference_weights("resnet20")), image_format, quality, epochs, before)
+    return ImagePoint("resnet20", str(reference_weights(uncoded("resnet20"))), image_format, quality, epochs, before)
 
 
 def _whole(shares: Sequence[float]) -> list[PrunedPoint]:
     """The reference pruned to stay on the device, each from what the one before left; `shares` are of the whole network's channels."""
     points: list[PrunedPoint] = []
-    weights = str(reference_weights("resnet20"))
+    weights = str(reference_weights(uncoded("resnet20")))
     for share, before in zip(shares, (1.0, *shares), strict=False):
         points.append(PrunedPoint("resnet20", weights, round(share / before, 3), WHOLE_EPOCHS, before=points[-1] if points else None))
     return points
