@@ -259,7 +259,7 @@ def epochs_of_all(point: Point) -> int:
 
 def reference_weights(uncoded: Point) -> Path:
     """Where the reference's weights lie, once `reference` has run."""
-    return STATE / f"reference-{uncoded.key()}.safetensors"
+    return STATE / f"reference-{named(asdict(uncoded))}.safetensors"  # not by its key, which needs data: points are listed without
 
 
 def recipe() -> list[Any]:
