@@ -16,21 +16,14 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
-UNCODED = (
-    (2, 15),
-    (0, 3),
-    (0, 3),
-    (0, 3),
-)  # behind the frozen head, then all: of the network without codec, whose first part is what codecs at the last cut start from
+# of the network without codec, whose first part is what codecs at the last cut start from: behind the frozen head, then all
+UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))
 EPOCHS = {"first": (2, 3), "middle": (2, 3), "last": (12, 0)}  # of a chain's first codec
 FURTHER = {"first": (0, 3), "middle": (0, 3), "last": (4, 0)}  # of each after it
 DIRECT = (0, 9)  # of each rate weight there that starts from the fine code
 FINISHED = (0, 2)  # of points that go on from those behind a frozen head
 FINE_EPOCHS = {"first": (3, 15), "middle": (4, 15)}
-FINE = {
-    "first": CodecSpec("uniform", 16, 4, 4),
-    "middle": CodecSpec("uniform", 32, 4, 4),
-}  # trained from the start, with the network; what other codecs there go on from
+FINE = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # trained with the network; other codecs there go on from it
 LARGE = (4, 3)  # of ResNet-56, pruned or not
 DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that with the encoder half are left; epochs, of those of all, in which they go
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
@@ -89,7 +82,7 @@ def _chains() -> Iterator[Sequence[Any]]:
     few = _others("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (8, 4)])[-1]
     yield _chain(few, [CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], [FINISHED])
     for where in FINE:
-        yield _chain(_fine(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [(0, 3)])
+        yield _chain(_fine(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [FURTHER[where]])
     frozen = _others("last", [CodecSpec("uniform", *size) for size in UNIFORM["last"]])
     yield frozen
     yield _chain(frozen[-1], [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1), (2, 4, 2))], [FINISHED])
