@@ -48,7 +48,7 @@ from pipeline.split_distilling import SplitDistiller
 from pipeline.training import Classifier, DataModule, computes_bf16, fit, weights_bytes
 
 STATE = Path(".coinfer/three-step")
-RECIPE = 6  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
+RECIPE = 7  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
 COSTS = (
     *(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c", "frame.py", "images.py")),
     "pipeline/data.py",
@@ -58,7 +58,16 @@ COSTS = (
 THREADS = 1  # two sweeps side by side get more out of two cores than one with two threads
 TABLE_IMAGES = 10_000
 SETTINGS = Finetune(
-    epochs=1, batch_size=128, learning_rate=0.01, weight_decay=5e-4, ema_decay=0.998, distill_logits=4.0, distill_feature=0.0, flip=True, crop_padding=4
+    epochs=1,
+    batch_size=128,
+    learning_rate=0.01,
+    weight_decay=5e-4,
+    ema_decay=0.998,
+    distill_logits=4.0,
+    distill_feature=0.0,
+    flip=True,
+    crop_padding=4,
+    cutmix=0.5,
 )
 FROZEN = SETTINGS.model_copy(update={"learning_rate": 0.05, "distill_feature": 0.2})  # behind a frozen head
 LONG = SETTINGS.model_copy(update={"learning_rate": 0.02}), 10  # settings of trainings of as many epochs or more
@@ -184,7 +193,7 @@ def _train(network: CoInference, backbone: nn.Module, point: Point, plan_file: P
 def _train_behind(network: CoInference, point: Point) -> None:
     """Codec and tail of `network`; the features of its head are kept for every point that has the same."""
     whose = (point.backbone, digest(Path(point.weights)), point.cut, *([point.head_from.key()] if point.head_from else []))
-    folder = STATE / f"features-{named(*whose, SETTINGS.crop_padding, SETTINGS.flip, recipe())}"
+    folder = STATE / f"features-{named(*whose, recipe())}"
     data = FeatureData(copy.deepcopy(network.head), (None, teacher()), folder, load_split("train"), load_split("validation"), FROZEN, point.seed)
     _fit(BehindHead(network, FROZEN, 0.0), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
 
@@ -259,12 +268,15 @@ def epochs_of_all(point: Point) -> int:
 
 def reference_weights(uncoded: Point) -> Path:
     """Where the reference's weights lie, once `reference` has run."""
-    return STATE / f"reference-{named(asdict(uncoded))}.safetensors"  # not by its key, which needs data: points are listed without
+    return STATE / f"reference-{named(asdict(uncoded), _settings())}.safetensors"  # not by its key, which needs data: points are listed without
 
 
 def recipe() -> list[Any]:
-    settings = [SETTINGS.model_dump(), LONG[0].model_dump(), LONG[1], FROZEN.model_dump(), PRUNE_ROUNDS, STATISTICS_IMAGES, CHOICE_IMAGES, COPIES]
-    return [RECIPE, load_card().sha256, settings, {name: digest(Path(file)) for name, file in WEIGHTS.items()}]
+    return [_settings(), load_card().sha256, {name: digest(Path(file)) for name, file in WEIGHTS.items()}]
+
+
+def _settings() -> list[Any]:
+    return [RECIPE, SETTINGS.model_dump(), LONG[0].model_dump(), LONG[1], FROZEN.model_dump(), PRUNE_ROUNDS, STATISTICS_IMAGES, CHOICE_IMAGES, COPIES]
 
 
 def named(*known: Any) -> str:

@@ -18,9 +18,8 @@ CUTS = {
 }
 # of the network without codec, whose first part is what codecs at the last cut start from: behind the frozen head, then all
 UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))
-EPOCHS = {"first": (2, 3), "middle": (2, 3), "last": (12, 0)}  # of a chain's first codec
-FURTHER = {"first": (0, 3), "middle": (0, 3), "last": (4, 0)}  # of each after it
-DIRECT = (0, 9)  # of each rate weight there that starts from the fine code
+EPOCHS, FURTHER = (2, 3), (0, 3)  # of a chain's first codec, and of each after it
+DIRECT = {"first": (0, 9), "middle": (0, 9), "last": (12, 0)}  # of each rate weight, and at the last cut of every codec, which is no chain's
 FINISHED = (0, 2)  # of points that go on from those behind a frozen head
 FINE_EPOCHS = {"first": (3, 15), "middle": (4, 15)}
 FINE = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # trained with the network; other codecs there go on from it
@@ -32,10 +31,10 @@ IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((24, 4, 3), (16, 4, 2), (16, 4, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
     "first": (3e-4, 5e-4, 1.5e-4),
-    "middle": (3e-4, 7e-4, 1.4e-3),
-    "last": (1e-3, 4e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32),
+    "middle": (7e-4, 4e-4, 1.4e-3),
+    "last": (1e-2, 4e-2, 8e-2, 1e-3),
 }
-FINISHED_RATE = 0.04, (0.08, 0.16, 0.32)  # at the last cut: the one gone on from, and those that do
+FINISHED_RATE = 0.04, (0.08, 0.16)  # at the last cut: the one gone on from, and those that do
 LAST_RATE = CodecSpec("rate", 16, 4, 3)
 BOTTLENETPP = {  # (stride, widths)
     "first": ((4, (16, 8, 4)), (8, (16, 8, 4))),
@@ -67,25 +66,25 @@ def _seeded(point: Any, seed: int) -> Any:
 def _chains() -> Iterator[Sequence[Any]]:
     for where in FINE:
         yield [_fine(where)]
+    for where in RATE:
         for point in _rates(where):
             yield [point]
     yield [_image(image_format, 100) for image_format in ("png", "webp")]
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]
     yield _images("webp", (60, 50, 40, 30))
-    yield _rates("last")
     good, weights = FINISHED_RATE
     yield _chain(_rates("last")[RATE["last"].index(good)], [_rate("last", weight) for weight in weights], [FINISHED])
     for where in CUTS["resnet20"]:
         for stride, widths in BOTTLENETPP[where]:
             yield _others(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
-    few = _others("last", [CodecSpec("bottlenet++", width, 4, 8) for width in (8, 4)])[-1]
+    few = _others("last", [CodecSpec("bottlenet++", 4, 4, 8)])[0]
     yield _chain(few, [CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], [FINISHED])
     for where in FINE:
-        yield _chain(_fine(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [FURTHER[where]])
+        yield _chain(_fine(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [FURTHER])
     frozen = _others("last", [CodecSpec("uniform", *size) for size in UNIFORM["last"]])
     yield frozen
-    yield _chain(frozen[-1], [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1), (2, 4, 2))], [FINISHED])
+    yield _chain(frozen[-1], [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1))], [FINISHED])
     for where in CUTS["resnet20"]:
         yield _others(where, [CodecSpec("codebook", *UNIFORM[where][0])])
     yield _others("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
@@ -107,16 +106,17 @@ def _chains() -> Iterator[Sequence[Any]]:
 
 
 def _rates(where: str) -> list[Point]:
-    """A chain at the last cut; elsewhere each from the fine code."""
-    codecs = [_rate(where, weight) for weight in RATE[where]]
-    if where not in FINE:
-        return _others(where, codecs)
-    return [point for codec in codecs for point in _chain(_fine(where), [codec], [DIRECT])]
+    return _each(where, [_rate(where, weight) for weight in RATE[where]])
+
+
+def _each(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
+    """From the fine code; at the last cut, behind which little but the codec is left to train, from the network without codec."""
+    return [point for codec in codecs for point in _chain(_fine(where) if where in FINE else _uncoded()[0], [codec], [DIRECT[where]])]
 
 
 def _others(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
-    """From the fine code; at the last cut, behind which little but the codec is left to train, from the network without codec."""
-    return _chain(_fine(where) if where in FINE else _uncoded()[0], codecs, [EPOCHS[where], FURTHER[where]])
+    """A chain from the fine code; at the last cut each for itself."""
+    return _chain(_fine(where), codecs, [EPOCHS, FURTHER]) if where in FINE else _each(where, codecs)
 
 
 def _fine(where: str) -> Point:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.errors import DataError
 from pipeline.files import read_json
@@ -100,6 +101,17 @@ def augmented(images: Tensor, chosen: Tensor, padding: int, flip: bool, rng: np.
     return images[gather]
 
 
+def cut_mixed(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """CutMix (arXiv 1905.04899): in each of `images` (B, 3, S, S) a rectangle of its own is another's; `labels` (B, classes) in proportion to the areas."""
+    count, size = len(images), images.shape[-1]
+    side = size * np.sqrt(rng.random((count, 1)))
+    within = [np.abs(np.arange(size) + 0.5 - size * rng.random((count, 1))) < side / 2 for _ in range(2)]
+    inside = torch.from_numpy(within[0][:, :, None] & within[1][:, None, :])
+    others = torch.from_numpy(rng.permutation(count))
+    share = inside.float().mean((1, 2))[:, None]
+    return torch.where(inside[:, None], images[others], images), torch.lerp(labels, labels[others], share)
+
+
 def _reflect(positions: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
     """Positions outside 0..size-1 mirrored at the border pixel, which is not repeated."""
     mirrored: np.ndarray[Any, Any] = size - 1 - np.abs(size - 1 - np.abs(positions))
@@ -109,7 +121,8 @@ def _reflect(positions: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]
 class Batches:
     """One pass over `split` each time it is iterated: (images float32 (B, 3, S, S), labels int64 (B,)), and with a `view` what that was given, as a third.
 
-    `view` is what becomes of cropped and flipped uint8 images on their way to the network, such as a lossy format.
+    `view` is what becomes of cropped and flipped uint8 images on their way to the network, such as a lossy format. With `cutmix`, labels are float32
+    (B, classes) in every batch, the shares of each.
 
     Order, crops and flips, and torch's own generator (dropout) are a function of (seed, epoch, step) alone, so a training resumed at an
     epoch's start goes on bit for bit as if it had never stopped. The last, smaller batch is left out: batch statistics of a few images only hurt.
@@ -119,6 +132,7 @@ class Batches:
         self.images, self.labels = split
         self.settings, self.seed, self.epoch, self.view = settings, seed, epoch, view
         self.batch_size = min(settings.batch_size, len(self.labels))
+        self.classes = int(self.labels.max()) + 1
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
@@ -130,6 +144,10 @@ class Batches:
             rng = np.random.default_rng((self.seed, epoch, step))
             torch.manual_seed(int(rng.integers(2**31)))
             images, labels = augmented(self.images, chosen, self.settings.crop_padding, self.settings.flip, rng), self.labels[chosen]
+            if self.settings.cutmix:
+                labels = F.one_hot(labels, self.classes).float()
+                if rng.random() < self.settings.cutmix:
+                    images, labels = cut_mixed(images, labels, rng)
             yield (normalise(self.view(images)), labels, normalise(images)) if self.view else (normalise(images), labels)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pipeline.losses import logits_loss
+from pipeline.losses import label_loss, logits_loss
 from pipeline.params import Finetune, Pretrain
 from pipeline.training import Classifier
 
@@ -32,7 +31,7 @@ class Distiller(Classifier):
         """The loss of `logits` (B, classes) where the teacher is `given` its input."""
         with torch.no_grad():
             known = self._teacher[0](given)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = label_loss(logits, labels, self.label_smoothing)
         return loss + self.distill_logits * logits_loss(logits, known, self.temperature)
 
 

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.coinference import CoInference
 from pipeline.data import Batches, Split
 from pipeline.files import atomic_directory
-from pipeline.losses import feature_loss, logits_loss
+from pipeline.losses import feature_loss, label_loss, logits_loss
 from pipeline.params import Finetune
 from pipeline.training import Classifier, DataModule
 
@@ -40,7 +39,7 @@ class BehindHead(Classifier):
         assert isinstance(network, CoInference)
         coded = network.codec(images)
         logits: Tensor = network.tail(coded.decoded)
-        loss: Tensor = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing) + coded.loss
+        loss: Tensor = label_loss(logits, labels, self.label_smoothing) + coded.loss
         return loss + self.distill_logits * logits_loss(logits, known, self.temperature) + self.distill_feature * feature_loss(coded.decoded, wanted)
 
 

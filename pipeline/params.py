@@ -52,6 +52,7 @@ class Training(Section):
     precision: Precision = Field("auto", description="auto picks bf16 where the processor computes it natively")
     crop_padding: int = Field(4, ge=0, description="pixels of reflected border for random crops; 0 = off")
     flip: bool = Field(False, description="random horizontal flips")
+    cutmix: float = Field(0.0, ge=0, le=1, description="share of batches in which a rectangle of each image is of another one; with a teacher, who sees it too")
 
 
 class Pretrain(Training):

@@ -24,11 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.data import Batches, Split, View, WholeSplit
 from pipeline.errors import CoinferError, DataError, Interrupted, ParamsError
 from pipeline.files import atomic_path, atomic_write_bytes, atomic_write_text
+from pipeline.losses import label_loss
 from pipeline.params import Precision, Training
 from pipeline.paths import CHECKPOINTS, split_file
 
@@ -50,7 +50,7 @@ class Classifier(LightningModule):
 
     def loss(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
         """Of a batch: images or what stands for them, labels, and what else the data module gives."""
-        return F.cross_entropy(self.network(images), labels, label_smoothing=self.label_smoothing)
+        return label_loss(self.network(images), labels, self.label_smoothing)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         loss = self.loss(*batch)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from pipeline.data import Batches, Sent, WholeSplit, augmented, load_card, load_split, normalise
+from pipeline.data import Batches, Sent, WholeSplit, augmented, cut_mixed, load_card, load_split, normalise
 from pipeline.errors import CoinferError, DataError
 from pipeline.params import Finetune
 from pipeline.paths import DATA, split_file
@@ -52,6 +52,32 @@ def test_crops_and_flips_differ_from_sample_to_sample() -> None:
 def test_without_padding_and_flip_images_are_left_alone() -> None:
     original, _ = images(5)
     assert torch.equal(augmented(original, torch.tensor([3, 1]), 0, False, np.random.default_rng(0)), original[[3, 1]])
+
+
+def test_cutmix_puts_a_rectangle_of_another_image_into_each_and_shares_its_label_by_area() -> None:
+    tones = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 16, 16)
+    mixed, labels = cut_mixed(tones, torch.eye(40), np.random.default_rng(0))
+    shapes = set()
+    for number, (image, label) in enumerate(zip(mixed, labels, strict=True)):
+        assert torch.equal(image[0], image[1])
+        foreign = image[0] != number
+        rows, columns = foreign.any(1), foreign.any(0)
+        assert torch.equal(foreign, rows[:, None] & columns)
+        assert len(image[0][foreign].unique()) <= 1
+        expected = torch.bincount(image[0].flatten().long(), minlength=40) / 256
+        torch.testing.assert_close(label, expected)
+        shapes.add((int(rows.sum()), int(columns.sum())))
+    assert len(shapes) > 20
+
+
+def test_batches_that_cutmix_passes_over_are_those_without_it() -> None:
+    split = images(400)
+    plain, mixed = (list(Batches(split, settings(cutmix=share), 1, lambda: 0)) for share in (0.0, 0.5))
+    same = [torch.equal(x, y) for (x, _), (y, _) in zip(plain, mixed, strict=True)]
+    assert 30 < sum(same) < 70
+    for untouched, (_, labels), (_, shares) in zip(same, plain, mixed, strict=True):
+        torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
+        assert not untouched or torch.equal(shares, F.one_hot(labels, 3).float())
 
 
 def test_batches_depend_on_seed_and_epoch_alone() -> None:

@@ -36,7 +36,7 @@ def coloured(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-def prepared(backbone: nn.Module, folder: Path, keep: float = 1.0) -> tuple[CoInference, FeatureData]:
+def prepared(backbone: nn.Module, folder: Path, keep: float = 1.0, settings: Finetune = SETTINGS) -> tuple[CoInference, FeatureData]:
     """A split, pruned where `keep` is below 1, and its data."""
     torch.manual_seed(0)
     backbone.eval()
@@ -46,7 +46,7 @@ def prepared(backbone: nn.Module, folder: Path, keep: float = 1.0) -> tuple[CoIn
     plan = chooser.plan(dict.fromkeys(layers, keep), chooser.scores(head)) if keep < 1 else ChannelPlan()
     network = build_split(backbone, EXAMPLE, "block1", CodecSpec("uniform", 4, 2, 4), plan)
     teacher = (None, backbone) if keep == 1 else (head, rest)
-    return network, FeatureData(copy.deepcopy(network.head).eval(), teacher, folder, coloured(80), coloured(30), SETTINGS, 3)
+    return network, FeatureData(copy.deepcopy(network.head).eval(), teacher, folder, coloured(80), coloured(30), settings, 3)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
@@ -107,15 +107,18 @@ def test_a_full_disk_is_one_sentence(tiny_backbone: nn.Module, tmp_path: Path) -
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_an_interrupted_training_behind_the_head_goes_on_bit_for_bit(tiny_backbone: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cutmix", [0.0, 0.5])
+def test_an_interrupted_training_behind_the_head_goes_on_bit_for_bit(tiny_backbone: nn.Module, tmp_path: Path, cutmix: float) -> None:
+    settings = SETTINGS.model_copy(update={"cutmix": cutmix})
+
     def power_cut(row: dict[str, float]) -> None:
         if row["epoch"] == 4:
             raise RuntimeError("power cut")
 
-    network, data = prepared(tiny_backbone, tmp_path / "features")
+    network, data = prepared(tiny_backbone, tmp_path / "features", settings=settings)
     trained(network, data)
     with pytest.raises(RuntimeError, match="power cut"):
-        trained(*prepared(tiny_backbone, tmp_path / "features"), tmp_path / "checkpoint", power_cut)
-    again, data = prepared(tiny_backbone, tmp_path / "features")
+        trained(*prepared(tiny_backbone, tmp_path / "features", settings=settings), tmp_path / "checkpoint", power_cut)
+    again, data = prepared(tiny_backbone, tmp_path / "features", settings=settings)
     trained(again, data, tmp_path / "checkpoint")
     assert weights_bytes(again) == weights_bytes(network)
