@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.split_points import SETTINGS, STATE, digest, named, recipe, size, teacher, train
+from benchmarks.split_points import size
+from benchmarks.three_step_training import SETTINGS, STATE, digest, named, recipe, teacher, train
 from models.backbones import build_backbone
 from pipeline.data import Sent, Split, load_card
 from pipeline.distilling import Distiller

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.split_points import SETTINGS, STATE, STATISTICS_IMAGES, cost, digest, named, recipe, teacher, train
+from benchmarks.split_points import cost
+from benchmarks.three_step_training import SETTINGS, STATE, STATISTICS_IMAGES, digest, named, recipe, teacher, train
 from models.backbones import build_backbone
 from models.baseline_codecs import RawByteCodec
 from models.channel_plan import ChannelPlan, rebuild

@@ -1,30 +1,40 @@
-"""Points of a front: a backbone split at a cut with one codec, trained from the backbone or from the point before it, and what it then costs.
-
-Trained weights and unfinished trainings lie under .coinfer/three-step/ of the example's folder, so a sweep goes on where it was stopped.
-"""
+"""Points of a front: a backbone split at a cut with one codec, trained from the backbone or from the point before it, and what it then costs."""
 
 from __future__ import annotations
 
 import copy
-import fcntl
-import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.noise import over_noise
+from benchmarks.three_step_training import (
+    CHOICE_IMAGES,
+    FROZEN,
+    LONG,
+    PRUNE_ROUNDS,
+    SETTINGS,
+    STATE,
+    STATISTICS_IMAGES,
+    all_settings,
+    alone,
+    digest,
+    fit_kept,
+    named,
+    recipe,
+    teacher,
+    train,
+)
 from models.backbones import build_backbone
 from models.channel_plan import ChannelPlan, Silence, rebuild
 from models.codec import CodecSpec, MultiRateCodec, SymbolCodec
@@ -32,49 +42,27 @@ from models.coinference import CoInference, build_split
 from models.cutting import count_macs, cut_points
 from models.jscc import ChannelCodec
 from models.pruning import Pruner
-from pipeline.data import Split, View, load_card, load_split
-from pipeline.distilling import Distiller, Ensemble
+from pipeline.data import Split, load_card, load_split
 from pipeline.errors import ModelError
 from pipeline.files import atomic_write_bytes, atomic_write_text
 from pipeline.fingerprint import fingerprint
-from pipeline.frozen_head import COPIES, BehindHead, FeatureData
+from pipeline.frozen_head import BehindHead, FeatureData
 from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.networks import coder_tables, layers_up_to
-from pipeline.params import Finetune
 from pipeline.runtime import coder
 from pipeline.runtime.frame import OVERHEAD_BYTES
 from pipeline.soft_pruning import SoftPruning
 from pipeline.split_distilling import SplitDistiller
-from pipeline.training import Classifier, DataModule, computes_bf16, fit, weights_bytes
+from pipeline.training import weights_bytes
 
-STATE = Path(".coinfer/three-step")
-RECIPE = 7  # to be raised with any change to what a training computes: points that were trained by another recipe are trained again
 COSTS = (
     *(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c", "frame.py", "images.py")),
     "pipeline/data.py",
     "pipeline/networks.py",
     "models/channels.py",
 )
-THREADS = 1  # two sweeps side by side get more out of two cores than one with two threads
 TABLE_IMAGES = 10_000
-SETTINGS = Finetune(
-    epochs=1,
-    batch_size=128,
-    learning_rate=0.01,
-    weight_decay=5e-4,
-    ema_decay=0.998,
-    distill_logits=4.0,
-    distill_feature=0.0,
-    flip=True,
-    crop_padding=4,
-    cutmix=0.5,
-)
-FROZEN = SETTINGS.model_copy(update={"learning_rate": 0.05, "distill_feature": 0.2})  # behind a frozen head
-LONG = SETTINGS.model_copy(update={"learning_rate": 0.02}), 10  # settings of trainings of as many epochs or more
-PRUNE_ROUNDS = 3
-STATISTICS_IMAGES, CHOICE_IMAGES = 1_024, 1_000
 EXAMPLE = torch.zeros(1, 3, 32, 32)
-WEIGHTS = {"resnet20": "weights/resnet20-cifar10jpeg.safetensors", "resnet56": "weights/resnet56-cifar10jpeg.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +183,7 @@ def _train_behind(network: CoInference, point: Point) -> None:
     whose = (point.backbone, digest(Path(point.weights)), point.cut, *([point.head_from.key()] if point.head_from else []))
     folder = STATE / f"features-{named(*whose, recipe())}"
     data = FeatureData(copy.deepcopy(network.head), (None, teacher()), folder, load_split("train"), load_split("validation"), FROZEN, point.seed)
-    _fit(BehindHead(network, FROZEN, 0.0), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
+    fit_kept(BehindHead(network, FROZEN, 0.0), data, f"{point.name}, head frozen", f"{point.key()}-frozen", point.frozen_epochs)
 
 
 def _prune(network: CoInference, backbone: nn.Module, point: Point) -> ChannelPlan:
@@ -268,81 +256,7 @@ def epochs_of_all(point: Point) -> int:
 
 def reference_weights(uncoded: Point) -> Path:
     """Where the reference's weights lie, once `reference` has run."""
-    return STATE / f"reference-{named(asdict(uncoded), _settings())}.safetensors"  # not by its key, which needs data: points are listed without
-
-
-def recipe() -> list[Any]:
-    return [_settings(), load_card().sha256, {name: digest(Path(file)) for name, file in WEIGHTS.items()}]
-
-
-def _settings() -> list[Any]:
-    return [RECIPE, SETTINGS.model_dump(), LONG[0].model_dump(), LONG[1], FROZEN.model_dump(), PRUNE_ROUNDS, STATISTICS_IMAGES, CHOICE_IMAGES, COPIES]
-
-
-def named(*known: Any) -> str:
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Remembered(nn.Module):
-    """What `network` answers to each batch of images, computed once: all trainings see the same batches in the same epochs."""
-
-    def __init__(self, network: nn.Module, folder: Path) -> None:
-        super().__init__()
-        self.network, self.folder = network.eval(), folder
-        self.known: dict[str, Tensor] = {}
-        self.fresh: dict[str, Tensor] = {}
-        self.files: set[Path] = set()
-
-    def forward(self, images: Tensor) -> Tensor:
-        name = hashlib.blake2b(images.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
-        if name not in self.known:
-            self.look()
-        if name not in self.known:
-            with torch.autocast("cpu", torch.bfloat16, computes_bf16(self.network, "auto")):  # whoever asks first
-                logits = self.network(images)
-            self.known[name] = self.fresh[name] = logits.float().contiguous()
-            if len(self.fresh) >= 25:
-                self.keep()
-        return self.known[name]
-
-    def look(self) -> None:
-        """For what a sweep side by side, or an earlier one, has kept."""
-        for file in set(self.folder.glob("*.safetensors")) - self.files:
-            self.known |= load_file(file)
-            self.files.add(file)
-
-    def keep(self) -> None:
-        if self.fresh:
-            atomic_write_bytes(self.folder / f"{next(iter(self.fresh))}.safetensors", save(self.fresh))
-            self.fresh = {}
-
-
-@cache
-def teacher() -> Remembered:
-    """Of every training: the mean of the trained backbones."""
-    card = load_card()
-    networks = [build_backbone(name, card.num_classes, card.image_size, Path(file)) for name, file in WEIGHTS.items()]
-    return Remembered(Ensemble(networks).to(memory_format=torch.channels_last), STATE / f"teacher-{named(recipe()[-1])}")
-
-
-def train(lesson: Distiller, name: str, folder: str, epochs: int, seed: int = 0, view: View | None = None, callbacks: Sequence[Callback] = ()) -> None:
-    """Train what `lesson` holds, in place; state lies in `folder`."""
-    _fit(lesson, DataModule(load_split("train"), load_split("validation"), lesson.settings, seed, view), name, folder, epochs, callbacks)
-
-
-def _fit(lesson: Classifier, data: DataModule, name: str, folder: str, epochs: int, callbacks: Sequence[Callback] = ()) -> None:
-    fit(
-        lesson,
-        data,
-        name=name,
-        epochs=epochs,
-        checkpoint_dir=STATE / folder,
-        threads=THREADS,
-        precision=lesson.settings.precision,
-        log=lambda row: print(time.strftime("%H:%M"), name, {key: round(value, 4) for key, value in row.items()}, flush=True),
-        callbacks=callbacks,
-    )
-    teacher().keep()
+    return STATE / f"reference-{named(asdict(uncoded), all_settings())}.safetensors"  # not by its key, which needs data: points are listed without
 
 
 @torch.no_grad()
@@ -412,24 +326,3 @@ def _symbols(half: nn.Module, images: Tensor) -> NDArray[np.uint8]:
 def size(values: list[int]) -> dict[str, float]:
     """Mean and 95th percentile."""
     return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 95))}
-
-
-def digest(path: Path) -> str:
-    """Of a file; of what is trained here its name, which says all it depends on and is the same on every machine."""
-    if path.parent == STATE:
-        return path.stem
-    return _digest(path, path.stat().st_mtime_ns)
-
-
-@cache
-def _digest(path: Path, changed_ns: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextmanager
-def alone(name: str) -> Iterator[None]:
-    """With `name` to itself: a sweep side by side that wants the same waits, and then finds it done."""
-    STATE.mkdir(parents=True, exist_ok=True)
-    with (STATE / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -25,9 +25,10 @@ from benchmarks.end_to_end import SLOWDOWNS, Way, as_raw, grid, medians, through
 from benchmarks.image_points import ImagePoint
 from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, write
-from benchmarks.split_points import alone, costs_key, reference, reference_weights
+from benchmarks.split_points import costs_key, reference, reference_weights
 from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
 from benchmarks.three_step_points import CUTS, SEEDS, chains, every_point, uncoded
+from benchmarks.three_step_training import alone
 from benchmarks.three_step_ways import (
     EXAMPLE,
     device_only,

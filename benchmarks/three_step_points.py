@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.image_points import FORMATS, QUALITIES, ImagePoint
 from benchmarks.pruned_points import PrunedPoint
-from benchmarks.split_points import WEIGHTS, Point, reference_weights
+from benchmarks.split_points import Point, reference_weights
+from benchmarks.three_step_training import WEIGHTS
 from models.codec import CodecSpec
 from pipeline.runtime.images import Format
 
