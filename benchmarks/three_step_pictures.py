@@ -34,7 +34,7 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
         _line(axes, _places(rows, "payload_bits"), color="black", marker="s", label="2-step pruning, 8 bit")
         for (image_format, tuned), (colour, style) in IMAGE_STYLES.items():
             rows = [row for row in raw["points"].values() if row["point"].get("image_format") == image_format and bool(row["point"]["epochs"]) == tuned]
-            _line(axes, _places(rows, "payload_bits"), color=colour, linestyle=style, label=f"{image_format}{', trained on it' if tuned else ''}")
+            _line(axes, _places(rows, "payload_bits"), color=colour, marker=".", linestyle=style, label=f"{image_format}{', trained on it' if tuned else ''}")
         if reference:
             axes.axhline(reference, color="black", linewidth=0.8)
             axes.axhline(reference - 0.01, color="black", linewidth=0.8, linestyle="--")
