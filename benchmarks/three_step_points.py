@@ -19,8 +19,8 @@ CUTS = {
 }
 # of the network without codec, whose first part is what codecs at the last cut start from: behind the frozen head, then all
 UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))
-EPOCHS, FURTHER = (2, 3), (0, 3)  # of a chain's first codec, and of each after it
-DIRECT = {"first": (0, 9), "middle": (0, 9), "last": (12, 0)}  # of each rate weight, and at the last cut of every codec, which is no chain's
+EPOCHS = {"first": (2, 9), "middle": (2, 9), "last": (12, 0)}  # of a codec
+RATE_EPOCHS = EPOCHS | {"first": (0, 9), "middle": (0, 9)}  # of one that takes all its weights over from the fine code
 FINISHED = (0, 2)  # of points that go on from those behind a frozen head
 FINE_EPOCHS = {"first": (3, 15), "middle": (4, 15)}
 FINE = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # trained with the network; other codecs there go on from it
@@ -29,7 +29,7 @@ DROPPED, PRUNING = 0.55, 2  # share of the head's MACs that go at least, so that
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
-UNIFORM = {"first": ((16, 4, 3), (16, 4, 2), (16, 4, 1)), "middle": ((24, 4, 3), (16, 4, 2), (16, 4, 1)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
+UNIFORM = {"first": ((16, 4, 3), (16, 4, 2)), "middle": ((32, 4, 3), (32, 4, 2)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
     "first": (3e-4, 5e-4, 1.5e-4),
     "middle": (7e-4, 4e-4, 1.4e-3),
@@ -38,8 +38,8 @@ RATE = {  # rate weights
 FINISHED_RATE = 0.04, (0.08, 0.16)  # at the last cut: the one gone on from, and those that do
 LAST_RATE = CodecSpec("rate", 16, 4, 3)
 BOTTLENETPP = {  # (stride, widths)
-    "first": ((4, (16, 8, 4)), (8, (16, 8, 4))),
-    "middle": ((2, (8, 4, 2)), (4, (16, 8, 4))),
+    "first": ((4, (8, 4)), (8, (16, 8))),
+    "middle": ((4, (16, 8)), (2, (4, 2))),
     "last": ((4, (8, 4, 2, 1)), (2, (2, 1))),
 }
 LARGE_RATE = {"first": 2e-4, "middle": 4e-4, "last": 2e-2}
@@ -81,11 +81,9 @@ def _chains() -> Iterator[Sequence[Any]]:
             yield _others(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
     few = _others("last", [CodecSpec("bottlenet++", 4, 4, 8)])[0]
     yield _chain(few, [CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], [FINISHED])
-    for where in FINE:
-        yield _chain(_fine(where), [CodecSpec("uniform", *size) for size in UNIFORM[where]], [FURTHER])
-    frozen = _others("last", [CodecSpec("uniform", *size) for size in UNIFORM["last"]])
-    yield frozen
-    yield _chain(frozen[-1], [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1))], [FINISHED])
+    for where, codes in UNIFORM.items():
+        yield _others(where, [CodecSpec("uniform", *code) for code in codes])
+    yield _chain(_others("last", [CodecSpec("uniform", *UNIFORM["last"][-1])])[0], [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1))], [FINISHED])
     for where in CUTS["resnet20"]:
         yield _others(where, [CodecSpec("codebook", *UNIFORM[where][0])])
     yield _others("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
@@ -107,17 +105,17 @@ def _chains() -> Iterator[Sequence[Any]]:
 
 
 def _rates(where: str) -> list[Point]:
-    return _each(where, [_rate(where, weight) for weight in RATE[where]])
-
-
-def _each(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
-    """From the fine code; at the last cut, behind which little but the codec is left to train, from the network without codec."""
-    return [point for codec in codecs for point in _chain(_fine(where) if where in FINE else _uncoded()[0], [codec], [DIRECT[where]])]
+    return _each(where, [_rate(where, weight) for weight in RATE[where]], RATE_EPOCHS)
 
 
 def _others(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
-    """A chain from the fine code; at the last cut each for itself."""
-    return _chain(_fine(where), codecs, [EPOCHS, FURTHER]) if where in FINE else _each(where, codecs)
+    return _each(where, codecs, EPOCHS)
+
+
+def _each(where: str, codecs: Sequence[CodecSpec], epochs: dict[str, tuple[int, int]]) -> list[Point]:
+    """From the fine code; at the last cut, behind which little but the codec is left to train, from the network without codec."""
+    root = _fine(where) if where in FINE else _uncoded()[0]
+    return [point for codec in codecs for point in _chain(root, [codec], [epochs[where]])]
 
 
 def _fine(where: str) -> Point:
