@@ -52,7 +52,7 @@ NAME = "three_step"
 TIMED_IMAGES, ROUNDS = 20, 4
 STREAM_IMAGES = 512
 RAW_IMAGE_BYTES = 3 * 32 * 32  # what sends more gains nothing by a faster device half
-GIVE_UP = 0.02  # of accuracy on validation: a chain whose point loses more ends there
+GIVE_UP = 0.02  # of accuracy on validation: a chain ends where a point loses more, as cheaper ones would too
 CHECKED = 2  # places a slowdown where splitting wins most, and as many where something else is picked, to be measured through the link
 
 Raw = dict[str, Any]

@@ -1,4 +1,4 @@
-"""What results/three_step.json trains and measures: chains of points, each point starting from the one before it."""
+"""What results/three_step.json trains and measures: chains of points, the dearest first; most start from one code, some from the point before them."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _others(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
 def _each(where: str, codecs: Sequence[CodecSpec], epochs: dict[str, tuple[int, int]]) -> list[Point]:
     """From the fine code; at the last cut, behind which little but the codec is left to train, from the network without codec."""
     root = _fine(where) if where in FINE else _uncoded()[0]
-    return [point for codec in codecs for point in _chain(root, [codec], [epochs[where]])]
+    return [_chain(root, [codec], [epochs[where]])[0] for codec in codecs]
 
 
 def _fine(where: str) -> Point:
