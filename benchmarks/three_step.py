@@ -192,8 +192,9 @@ def main() -> None:
             row, best = measured(point), known()["references"].get(point.backbone)
             if row is None or (best and not near(row, best, loss=GIVE_UP)):
                 break
-    for backbone in CUTS if not arguments.only else ():
-        referred(backbone)
+    for backbone in CUTS:
+        if arguments.only in uncoded(backbone).name:
+            referred(backbone)
     judge_on_test()
 
 

@@ -32,7 +32,7 @@ IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2)), "middle": ((32, 4, 3), (32, 4, 2)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
     "first": (3e-4, 5e-4, 1.5e-4),
-    "middle": (7e-4, 4e-4, 1.4e-3),
+    "middle": (7e-4, 4e-4, 1.4e-3, 5e-4),
     "last": (1e-2, 4e-2, 8e-2, 1e-3),
 }
 FINISHED_RATE = 0.04, (0.08, 0.16)  # at the last cut: the one gone on from, and those that do
