@@ -21,6 +21,10 @@ class RawFloatCodec(FeatureCodec):
         _check_whole(spec, shape, restored_channels)
         super().__init__(spec, shape, restored_channels)
 
+    @property
+    def uncoded_bits(self) -> int:
+        return 32 * math.prod(self.feature_shape)
+
     def build_encoder(self) -> nn.Module:
         return nn.Identity()
 

@@ -150,6 +150,11 @@ class FeatureCodec(nn.Module):
         return code_shape(self.restored_shape, self.spec.code_channels, self.spec.stride)
 
     @property
+    def uncoded_bits(self) -> int:
+        """Of one image, were its code sent as it is."""
+        return self.spec.bits * math.prod(self.code_shape)
+
+    @property
     def noise_planes(self) -> int:
         """Planes that hold the noise level, which the encoder reads beside the feature."""
         return 0
@@ -394,5 +399,7 @@ def code_shape(shape: Sequence[int], code_channels: int, stride: int) -> tuple[i
         raise ModelError(f"codec: stride {stride} is larger than the {height}x{width} feature at this cut; choose a smaller stride.")
     code = (code_channels, -(-height // stride), -(-width // stride))
     if min(code[1:]) < 2:
-        raise ModelError(f"codec: stride {stride} leaves {code[1]}x{code[2]} of the {height}x{width} feature, below 2x2; choose a smaller stride.")
+        raise ModelError(
+            f"codec: stride {stride} leaves {code[1]}x{code[2]} of the {height}x{width} feature, below 2x2; choose {'a smaller stride' if stride > 1 else 'another cut'}."
+        )
     return code

@@ -47,6 +47,11 @@ class ChannelCodec(FeatureCodec):
         """Of one image."""
         return self.uses_per_symbol * math.prod(self.code_shape)
 
+    @property
+    def uncoded_bits(self) -> int:
+        """The channel uses: a real number over AWGN counts as one bit."""
+        return self.channel_uses
+
     def build_encoder(self) -> nn.Module:
         return nn.Sequential(NoiseNoted(), super().build_encoder())
 

@@ -13,6 +13,7 @@ from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
 from models.cutting import CutPoint
 from models.pruning import Pruner
+from pipeline.params import Codec
 from pipeline.runtime.coder import CodecTables, build_embedded_tables, build_tables, context_count, entropy_bits
 from pipeline.search.candidate import OUTPUT, Candidate
 
@@ -34,14 +35,16 @@ def pruner(head: nn.Module, example: Tensor, cuts: Sequence[CutPoint], cut: str,
     return Pruner(head, example, layers_up_to(cuts, cut), channel_block, cut_channels=cut != OUTPUT)
 
 
-def codec_spec(candidate: Candidate, commitment: float = 0.0) -> CodecSpec:
-    """The codec of a split `candidate`; `commitment` only matters while it is trained."""
+def codec_spec(candidate: Candidate, settings: Codec | None = None) -> CodecSpec:
+    """The codec of a split `candidate`; `settings` only matter while it is trained."""
     assert candidate.codec is not None
     assert candidate.code_channels is not None
     assert candidate.stride is not None
     assert candidate.bits is not None
     size = candidate.code_channels, candidate.stride, candidate.bits
-    return CodecSpec(candidate.codec, *size, candidate.rate_weight or 0.0, commitment, points=candidate.points)
+    settings = settings or Codec()
+    low, high = settings.noise
+    return CodecSpec(candidate.codec, *size, candidate.rate_weight or 0.0, settings.commitment, (low, high), candidate.points)
 
 
 def tables_of(candidate: Candidate, symbols: NDArray[np.uint8]) -> tuple[CodecTables, ...]:
@@ -61,10 +64,10 @@ def coder_tables(symbols: NDArray[np.uint8], bits: int) -> CodecTables:
     return build_tables(symbols, bits, best.contexts)
 
 
-def split_network(backbone: nn.Module, example: Tensor, candidate: Candidate, plan: ChannelPlan | None = None, commitment: float = 0.0) -> CoInference:
+def split_network(backbone: nn.Module, example: Tensor, candidate: Candidate, plan: ChannelPlan | None = None, settings: Codec | None = None) -> CoInference:
     """`backbone` cut, pruned by `plan` and with a fresh codec, as a split `candidate` says; see `build_split` and `codec_spec`.
 
     Raises:
         ModelError: an unknown cut, a plan of another network, or a codec that does not fit the feature at the cut.
     """
-    return build_split(backbone, example, candidate.cut, codec_spec(candidate, commitment), plan)
+    return build_split(backbone, example, candidate.cut, codec_spec(candidate, settings), plan)

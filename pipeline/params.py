@@ -67,12 +67,15 @@ class Pretrain(Training):
 
 
 class Codec(Section):
-    kind: Literal["uniform", "codebook", "rate", "multi-rate"] = Field(
-        "uniform", description="evenly spaced levels, a learned scalar codebook, levels trained to cost few bits, or one codec for several rates"
+    kind: Literal["uniform", "codebook", "rate", "multi-rate", "raw-8bit", "raw-fp32", "jscc-awgn", "jscc-bec", "jscc-bsc"] = Field(
+        "uniform", description="how the feature is sent (docs/split.md); `raw-fp32` and the jscc kinds are trained and evaluated, but cannot be exported"
     )
     shares: list[Fraction] = Field([1.0, 0.5, 0.25], min_length=1, description="multi-rate: of the code's channels, at each operating point, most first")
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field([4, 3, 2], min_length=1, description="multi-rate: of a symbol, at each of these points")
     commitment: NonNegative = Field(0.25, description="codebook: weight of the pull of the code towards its nearest value")
+    noise: list[Positive] = Field(
+        [0.05, 0.3], min_length=2, max_length=2, description="jscc: least and largest noise trained for, sigma at peak 1 or the share of bits lost or flipped"
+    )
 
     @model_validator(mode="after")
     def _paired(self) -> Self:

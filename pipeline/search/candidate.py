@@ -16,7 +16,7 @@ LOSSLESS = 100
 
 Kind = Literal["split", "edge-only", "device-only"]
 Precision = Literal["fp32", "int8"]
-CODECS = ("uniform", "codebook", "rate", "multi-rate")  # those with integer symbols that a frame can carry
+CODECS = ("uniform", "codebook", "rate", "multi-rate", "raw-8bit", "raw-fp32", "jscc-awgn", "jscc-bec", "jscc-bsc")
 
 
 @dataclass(frozen=True)

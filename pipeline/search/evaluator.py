@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.baseline_codecs import RawByteCodec
 from models.channel_plan import ChannelPlan, rebuild
-from models.codec import code_shape
+from models.channels import check_noise
+from models.codec import SymbolCodec, code_shape
 from models.coinference import CoInference
 from models.cutting import CutPoint, count_macs, split
 from models.pruning import Pruner, Scores
@@ -90,16 +92,18 @@ class Evaluator:
         """
         self._check_settings()
         codes = {}
-        for point in self.cuts[1:-1]:
+        for point in self._coded_cuts():
             channels = [width for width in self.settings.code_channels if _codec_fits(point.shape, width, 1)]
             strides = [stride for stride in self.settings.strides if _codec_fits(point.shape, 1, stride)]
+            if self._raw:
+                channels, strides = [point.shape[0]], [1]
             if channels and strides:
                 codes[point.name] = (channels, strides)
         settings = self.settings
         several = self.codec.kind == "multi-rate"
         return Space(
             codes,
-            [8] if several else settings.bits,
+            [8] if several or self._raw or self.codec.kind.startswith("jscc") else settings.bits,
             settings.webp_qualities,
             self.legal_keep,
             self.codec.kind,
@@ -108,15 +112,32 @@ class Evaluator:
             list(zip(self.codec.shares, self.codec.bits, strict=True)) if several else (),
         )
 
+    @property
+    def _raw(self) -> bool:
+        """Whether features cross as they are: all channels, at every place."""
+        return self.codec.kind.startswith("raw")
+
+    def _coded_cuts(self) -> list[CutPoint]:
+        """Where a codec fits: at maps, or at vectors where all are, since what pools a map to a vector on the device classifies there (METHODS 3)."""
+        fitting = [point for point in self.cuts[1:-1] if _codec_fits(point.shape, 1, 1)]
+        return [point for point in fitting if len(point.shape) == 3] or fitting
+
     def _check_settings(self) -> None:
-        shapes = [point.shape for point in self.cuts[1:-1] if _codec_fits(point.shape, 1, 1)]
+        if self.codec.kind.startswith("jscc"):
+            try:
+                check_noise(self.codec.kind, *self.codec.noise)
+            except ModelError as error:
+                raise ParamsError(f"codec.noise: {error}") from None
+        shapes = [point.shape for point in self._coded_cuts()] if not self._raw else []
         for number, width in enumerate(self.settings.code_channels):
             if shapes and not any(_codec_fits(shape, width, 1) for shape in shapes):
                 widest = max(shape[0] for shape in shapes)
-                raise ParamsError(f"search.code_channels.{number} is {width}, but no cut of 2x2 or more has over {widest} channels; choose at most that.")
+                cut = "cut of 2x2 or more" if len(shapes[0]) == 3 else "cut"
+                raise ParamsError(f"search.code_channels.{number} is {width}, but no {cut} has over {widest} channels; choose at most that.")
         for number, stride in enumerate(self.settings.strides):
             if shapes and not any(_codec_fits(shape, 1, stride) for shape in shapes):
-                raise ParamsError(f"search.strides.{number} is {stride}, which leaves less than 2x2 of the feature at every cut; choose a smaller one.")
+                why = "leaves less than 2x2 of the feature at every cut" if len(shapes[0]) == 3 else "does not suit vectors, which all cuts give"
+                raise ParamsError(f"search.strides.{number} is {stride}, which {why}; choose a smaller one.")
         whole = self.cuts[-1].name
         blocks = list(layers_up_to(self.cuts, whole))
         for number, ratio in enumerate(self.settings.keep):
@@ -125,8 +146,22 @@ class Evaluator:
             if refusals and not isinstance(self._pruners[whole], ModelError) and not any(answer is True for answer in answers):
                 raise ParamsError(f"search.keep.{number} is {ratio}, which suits no block: {refusals[0]}")
 
+    def remarks(self) -> list[str]:
+        """What of the settings comes to nothing with this backbone, a sentence each."""
+        coded, whole = self._coded_cuts(), self.cuts[-1].name
+        found = []
+        if not coded:
+            found.append("no cut gives a map or vector that a codec fits, so only sending the image and staying on the device are compared.")
+        self.legal_keep(whole)
+        if isinstance(reason := self._pruners.get(whole), ModelError):
+            cuts = [point.name for point in (*coded, self.cuts[-1]) if not self.legal_keep(point.name)]
+            found.append(f"search.keep comes to nothing for the device halves that end at {', '.join(cuts)}: {reason}")
+        return found
+
     def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
         """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""
+        if self._raw and cut != self.cuts[-1].name:
+            return {}
         if cut not in self._keep:
             ratios = [ratio for ratio in sorted(self.settings.keep) if ratio < 1]
             legal = {block: [ratio for ratio in ratios if self._lost(cut, block, ratio) is True] for block in layers_up_to(self.cuts, cut)}
@@ -192,11 +227,30 @@ class Evaluator:
 
     def _measure_split(self, candidate: Candidate, trial_seed: int) -> Measurement:
         assert candidate.bits is not None
-        network = split_network(self.backbone, self.example, candidate, self._plan(candidate.cut, dict(candidate.keep)), commitment=self.codec.commitment)
+        network = split_network(self.backbone, self.example, candidate, self._plan(candidate.cut, dict(candidate.keep)), self.codec)
+        if isinstance(network.codec, RawByteCodec):
+            network.codec.calibrate(outputs(self._head(candidate.cut), self.images[:SAMPLE_IMAGES]))
         self._train(network, candidate.cut, trial_seed, pruned=bool(candidate.keep))
         network.eval()
-        on_device, on_edge, codec = network.device_half(), network.edge_half(), network.symbol_codec()
+        codec, coded = network.codec, isinstance(network.codec, SymbolCodec)
+        if coded:
+            right, payloads = self._through_coder(network, candidate)
+        else:
+            right, payloads = accuracy(network, self.validation), [-(-codec.uncoded_bits // 8)]
+        feature, code = torch.zeros(1, *codec.feature_shape), torch.zeros(1, *codec.code_shape)
+        costs = self._half_costs(
+            candidate,
+            self._block_macs(network.head, candidate.cut),
+            encoder_macs=sum(count_macs(codec.encode, feature).values()),
+            decoder_macs=sum(count_macs(codec.decode, code).values()),
+            symbols=code.numel() if coded else 0,
+        )
+        on_device = network.device_half() if coded else nn.Sequential(network.head, codec.encode).eval()
+        return self._measurement(costs, right, payloads, _parameters(on_device), _memory_bytes(on_device, self.example))
 
+    def _through_coder(self, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
+        """Accuracy on validation by what the edge makes of integer symbols, and the coded bytes of some of its images."""
+        on_device, on_edge, codec = network.device_half(), network.edge_half(), network.symbol_codec()
         images, labels = self.validation
         right = 0
         coded: list[NDArray[np.uint8]] = []
@@ -206,17 +260,7 @@ class Evaluator:
                 right += int((on_edge(codec.received(symbols)).argmax(1) == truth).sum())
             coded.extend(symbols.numpy()[: max(0, SAMPLE_IMAGES - len(coded))])
         tables = tables_of(candidate, outputs(on_device, self.images[:SAMPLE_IMAGES]).numpy())[0]
-        payloads = [len(coder.encode(symbols, tables)) + (len(candidate.points) > 1) for symbols in coded]  # a byte says which point
-
-        feature, code = torch.zeros(1, *network.codec.feature_shape), torch.from_numpy(coded[0][None])
-        costs = self._half_costs(
-            candidate,
-            self._block_macs(network.head, candidate.cut),
-            encoder_macs=sum(count_macs(network.codec.encode, feature).values()),
-            decoder_macs=sum(count_macs(network.codec.decode, code.float()).values()),
-            symbols=code.numel(),
-        )
-        return self._measurement(costs, right / len(labels), payloads, _parameters(on_device), _memory_bytes(on_device, self.example))
+        return right / len(labels), [len(coder.encode(symbols, tables)) + (len(candidate.points) > 1) for symbols in coded]  # a byte says which point
 
     def _half_costs(
         self,
@@ -337,7 +381,7 @@ def _codec_fits(shape: tuple[int, ...], code_channels: int, stride: int) -> bool
         code_shape(shape, code_channels, stride)
     except ModelError:
         return False
-    return len(shape) == 3  # what pools to a vector on the device is classification there (METHODS 3)
+    return True
 
 
 def _parameters(network: nn.Module) -> int:

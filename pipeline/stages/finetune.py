@@ -7,19 +7,22 @@ import json
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.backbones import build_backbone
 from models.channel_plan import ChannelPlan, rebuild
+from models.baseline_codecs import RawByteCodec
 from models.codec import CodecSpec, RateCodec
-from models.coinference import build_split
+from models.coinference import CoInference, build_split
 from models.cutting import CutPoint, split
+from models.jscc import ChannelCodec
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.course import Course
-from pipeline.data import Sent, load_card, load_split
+from pipeline.data import Sent, Split, load_card, load_split
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
-from pipeline.inference import accuracy, recalibrated
+from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.networks import pruner, split_network
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DevicePaths
@@ -29,6 +32,8 @@ from pipeline.training import forget, weights_bytes, write_curves
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
+
+NOISE_LEVELS = 5
 
 
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
@@ -67,7 +72,10 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     seen = view(validation[0]), validation[1]
     if candidate.kind == "edge-only" and student is not None and accuracy(student, seen) <= accuracy(reference, seen):
         student = None
-    metrics["accuracy_validation_split"] = accuracy(reference if student is None else student, seen)
+    if isinstance(student, CoInference) and isinstance(student.codec, ChannelCodec):
+        metrics |= _over_noise(student, student.codec, validation, params.run.seed)
+    else:
+        metrics["accuracy_validation_split"] = accuracy(reference if student is None else student, seen)
 
     atomic_write_bytes(paths.split_weights, weights_bytes(reference if student is None else student))
     atomic_write_bytes(paths.reference_weights, weights_bytes(reference))
@@ -77,6 +85,19 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, float]:
     atomic_write_json(paths.finetune_metrics, metrics)
     forget([*course.folders, *course.features])
     tracker.log_metrics(metrics)
+    return metrics
+
+
+def _over_noise(network: CoInference, codec: ChannelCodec, validation: Split, seed: int) -> dict[str, float]:
+    """Channel uses of an image and accuracy at noise levels from the least to the largest trained for; that of the middle one stands for the split."""
+    metrics = {"channel_uses": float(codec.channel_uses)}
+    levels = np.geomspace(*codec.spec.noise, NOISE_LEVELS)
+    for number, level in enumerate(levels):
+        torch.manual_seed(seed)
+        codec.at(float(level))
+        metrics[f"accuracy_validation_noise_{level:.3g}"] = accuracy(network, validation)
+        if number == NOISE_LEVELS // 2:
+            metrics["accuracy_validation_split"] = metrics[f"accuracy_validation_noise_{level:.3g}"]
     return metrics
 
 
@@ -109,9 +130,11 @@ def _student(course: Course, candidate: Candidate, promised_bits: float, paths: 
     if candidate.kind == "device-only":
         return course.run("split", recalibrated(rebuild(head, plan), course.sample), epochs=settings.epochs, further=plan.to_dict()), plan
     torch.manual_seed(course.params.run.seed)
-    network = split_network(body, example, candidate, plan, course.params.codec.commitment)
+    network = split_network(body, example, candidate, plan, course.params.codec)
     if isinstance(network.codec, RateCodec):
         network.codec.budget_bits = promised_bits
+    if isinstance(network.codec, RawByteCodec):
+        network.codec.calibrate(outputs(network.head, course.sample))
     if plan.kept:
         recalibrated(network.head, course.sample)
     cut = split(copy.deepcopy(course.teacher), example, candidate.cut)

@@ -57,6 +57,8 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     journal = STUDIES / _study_key(params, device) / "journal.log"
 
     space = evaluator.space()
+    for remark in evaluator.remarks():
+        print(f"search {device}: of {params.backbone.name}, {remark}", file=sys.stderr)
     trials: list[Trial] = []
     proposals = search(space, evaluator.measure, limits, journal=journal, seed=params.run.seed, trials=settings.trials, sampler=settings.sampler)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[best]}"), TimeRemainingColumn()

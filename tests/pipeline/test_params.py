@@ -31,6 +31,9 @@ def test_committed_params_are_valid(params_file):
         ("devices.camera.link.rate_mbps", -1.0, ["devices.camera.link.rate_mbps is -1.0", "greater than 0"]),
         ("devices.camera.link.rate_mbps", float("inf"), ["devices.camera.link.rate_mbps is inf"]),
         ("devices", {}, ["devices is {}"]),
+        ("codec.noise", [0.0, 0.1], ["codec.noise.0 is 0.0", "greater than 0"]),
+        ("codec.noise", [0.1, float("nan")], ["codec.noise.1 is nan"]),
+        ("codec.noise", [0.1], ["codec.noise is [0.1]", "at least 2 items"]),
         ("finetune.importance", "taylor", ["finetune: importance is taylor", "prune_epochs"]),
     ],
 )

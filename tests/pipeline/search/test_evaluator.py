@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from models.backbones import build_backbone
 from models.cutting import count_macs, cut_points, split
 from models.pruning import prune_head
 from pipeline.data import normalise
@@ -124,6 +126,67 @@ def test_every_codec_is_measured_like_the_first(make, codec):
     rates = [0.0, 0.01] if codec == "rate" else [None]
     bits = [evaluator.measure(replace(SPLIT, codec=codec, rate_weight=rate), 1).payload_bits for rate in rates]
     assert 0 < bits[-1] <= bits[0] <= 4 * 8 * 8 * 3 + 8
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("raw-8bit", None), ("raw-fp32", 32 * 8 * 16 * 16), ("jscc-awgn", 4 * 8 * 8), ("jscc-bec", 8 * 4 * 8 * 8)])
+def test_what_is_only_compared_is_offered_and_measured_too(make, kind, bits):
+    evaluator = make(codec=Codec(kind=kind), code_channels=[4], strides=[2], keep=[0.5, 1.0])
+    space = evaluator.space()
+    raw = kind.startswith("raw")
+    assert space.codes["block1"] == (([8], [1]) if raw else ([4], [2]))
+    assert bool(space.keep("block1")) != raw, "a feature that crosses as it is keeps its channels"
+    channels, strides = space.codes["block1"]
+    measured = evaluator.measure(Candidate("block1", (), channels[0], strides[0], 8, codec=kind), 1)
+    assert measured.payload_bits == bits if bits else 0 < measured.payload_bits < 8 * 8 * 16 * 16
+    assert measured.accuracy > 0.3
+
+
+def test_vectors_are_cut_where_there_is_nothing_else(digits_params):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 24), nn.ReLU(), nn.Linear(24, 10)).eval()
+    cuts = cut_points(network, EXAMPLE)
+    settings = digits_params.search.model_copy(update={"codec_steps": 12, "train_images": 64, "batch_size": 32, "code_channels": [4], "strides": [1, 2]})
+
+    def build(**changed):
+        changed = settings.model_copy(update=changed)
+        return Evaluator(network, cuts, pictures(64, 0), pictures(20, 1), changed, Codec(kind="rate"), deployment(cuts), seed=0)
+
+    with pytest.raises(ParamsError, match=r"search\.strides\.1 is 2, which does not suit vectors, which all cuts give; choose a smaller one"):
+        build().space()
+    evaluator = build(strides=[1], keep=[1.0])
+    codes = evaluator.space().codes
+    assert ([4], [1]) in codes.values()
+    cut = next(name for name, code in codes.items() if code == ([4], [1]))
+    assert 0 < evaluator.measure(Candidate(cut, (), 4, 1, 4, codec="rate", rate_weight=0.0), 1).payload_bits <= 4 * 4 + 8
+
+
+def test_what_pools_a_map_to_a_vector_is_no_cut_for_a_codec(make):
+    codes = make(code_channels=[4], strides=[1]).space().codes
+    assert set(codes) == {"stem.2", "block1", "down.2", "block2"}
+
+
+def test_noise_that_is_none_of_the_channel_is_named(make):
+    with pytest.raises(
+        ParamsError, match=r"codec\.noise: codec jscc-bsc: noise is 0\.1 to 0\.9; give two probabilities above 0 and at most \.5, the smaller first"
+    ):
+        make(codec=Codec(kind="jscc-bsc", noise=[0.1, 0.9])).space()
+
+
+def test_what_of_the_settings_comes_to_nothing_is_said(digits_params, make):
+    network = build_backbone("shufflenet_v2_x0_5", 10, 32).eval()
+    cuts = cut_points(network, torch.zeros(1, 3, 32, 32))
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.arange(8)
+
+    def remarks(points, keep):
+        settings = digits_params.search.model_copy(update={"train_images": 8, "keep": keep, "strides": [1], "code_channels": [2]})
+        return Evaluator(network, points, images, images, settings, Codec(), deployment(points), seed=0).remarks()
+
+    said = "search.keep comes to nothing for the device halves that end at stage2.0, output: this device half cannot be pruned: it shuffles channels"
+    few = [point for point in cuts if point.name in ("input", "maxpool", "stage2.0", "output")]
+    assert [remark[: len(said)] for remark in remarks(few, [1.0, 0.5])] == [said]
+    assert not remarks(few, [1.0])
+    assert remarks([cuts[0], cuts[-1]], [1.0])[0].startswith("no cut gives a map or vector that a codec fits")
+    assert not make(keep=[0.5]).remarks()
 
 
 def test_edge_only_sends_webp(make):

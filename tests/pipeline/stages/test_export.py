@@ -88,6 +88,25 @@ def test_a_codebook_that_collapsed_is_named(workdir: Path, digits_params: Params
         export.run(digits_params, "camera", tracker)
 
 
+@pytest.mark.parametrize("kind", ["jscc-awgn", "jscc-bec", "jscc-bsc", "raw-fp32"])
+def test_what_no_frame_can_carry_is_refused(workdir: Path, digits_params: Params, tracker: RecordingTracker, kind: str) -> None:
+    size = (8, 1) if kind == "raw-fp32" else (4, 2)
+    paths = write_finetuned(digits_params, Candidate("block1", code_channels=size[0], stride=size[1], bits=8, codec=kind))
+    with pytest.raises(ModelError, match=rf"codec {kind} sends no symbols a frame could carry and can only be evaluated; choose another codec\.kind to export"):
+        export.run(digits_params, "camera", tracker)
+    assert not paths.bundle.exists()
+
+
+def test_a_raw_split_passes_the_gate(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+    paths = write_finetuned(digits_params, Candidate("block1", code_channels=8, stride=1, bits=8, codec="raw-8bit"))
+    weights = load_file(paths.split_weights)
+    for name, value in (("low", 0.0), ("high", 3.0)):
+        weights |= {key: torch.tensor(value) for key in weights if key.endswith(f"range.{name}")}
+    save_file(weights, paths.split_weights)
+    parity = export.run(digits_params, "camera", tracker)
+    assert parity["split"]["top1_equal"] == 1
+
+
 def test_a_multi_rate_split_passes_the_gate_at_every_point(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
     candidate = Candidate("block1", code_channels=4, stride=2, bits=8, codec="multi-rate", points=((4, 4), (2, 2)))
     paths = write_finetuned(digits_params, candidate)

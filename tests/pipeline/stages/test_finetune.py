@@ -207,3 +207,22 @@ def test_a_pruned_device_only_network_is_trained_by_the_whole_one(pretrained: Pa
 def test_a_missing_choice_is_named(pretrained: Params, tracker: Any) -> None:
     with pytest.raises(CoinferError, match=r"artifacts/camera/search/chosen\.json is missing; run `dvc repro`"):
         finetune.run(pretrained, "camera", tracker)
+
+
+def test_a_split_over_a_noisy_channel_is_judged_level_by_level(pretrained: Params, tracker: Any) -> None:
+    choose(Candidate("down.2", code_channels=4, stride=2, bits=8, codec="jscc-awgn"))
+    codec = pretrained.codec.model_copy(update={"kind": "jscc-awgn", "noise": [0.01, 3.0]})
+    finetuning = pretrained.finetune.model_copy(update={"epochs": 4, "frozen_epochs": 1})
+    metrics = finetune.run(pretrained.model_copy(update={"codec": codec, "finetune": finetuning}), "camera", tracker)
+    by_level = {name: value for name, value in metrics.items() if "noise" in name}
+    assert list(by_level) == [f"accuracy_validation_noise_{level}" for level in ("0.01", "0.0416", "0.173", "0.721", "3")]
+    assert by_level["accuracy_validation_noise_0.01"] > by_level["accuracy_validation_noise_3"]
+    assert metrics["accuracy_validation_split"] == by_level["accuracy_validation_noise_0.173"]
+    assert metrics["channel_uses"] == 4 * 4 * 4
+    assert json.loads(PATHS.finetune_metrics.read_text()) == metrics
+
+
+def test_a_raw_split_learns_within_the_range_of_its_features(pretrained: Params, tracker: Any) -> None:
+    choose(Candidate("down.2", code_channels=16, stride=1, bits=8, codec="raw-8bit"))
+    metrics = finetune.run(pretrained, "camera", tracker)
+    assert metrics["accuracy_validation_split"] > metrics["accuracy_validation_pretrained"] - 0.05
