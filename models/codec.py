@@ -399,7 +399,6 @@ def code_shape(shape: Sequence[int], code_channels: int, stride: int) -> tuple[i
         raise ModelError(f"codec: stride {stride} is larger than the {height}x{width} feature at this cut; choose a smaller stride.")
     code = (code_channels, -(-height // stride), -(-width // stride))
     if min(code[1:]) < 2:
-        raise ModelError(
-            f"codec: stride {stride} leaves {code[1]}x{code[2]} of the {height}x{width} feature, below 2x2; choose {'a smaller stride' if stride > 1 else 'another cut'}."
-        )
+        choice = "a smaller stride" if stride > 1 else "another cut"
+        raise ModelError(f"codec: stride {stride} leaves {code[1]}x{code[2]} of the {height}x{width} feature, below 2x2; choose {choice}.")
     return code

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import build_backbone
-from models.channel_plan import ChannelPlan, rebuild
 from models.baseline_codecs import RawByteCodec
+from models.channel_plan import ChannelPlan, rebuild
 from models.codec import CodecSpec, RateCodec
 from models.coinference import CoInference, build_split
 from models.cutting import CutPoint, split
