@@ -17,6 +17,7 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
+VECTOR = "flatten"  # of ResNet-20
 # of the network without codec, whose first part is what codecs at the last cut start from: behind the frozen head, then all
 UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))
 EPOCHS = {"first": (2, 9), "middle": (2, 9), "last": (12, 0)}  # of a codec
@@ -74,6 +75,7 @@ def _chains() -> Iterator[Sequence[Any]]:
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]
     yield _images("webp", (60, 50, 40, 30))
+    yield _images("webp", (70, 65))
     good, weights = FINISHED_RATE
     yield _chain(_rates("last")[RATE["last"].index(good)], [_rate("last", weight) for weight in weights], [FINISHED])
     for where in CUTS["resnet20"]:
@@ -97,6 +99,7 @@ def _chains() -> Iterator[Sequence[Any]]:
         yield [point]
         yield [dataclasses.replace(point, frozen_epochs=0, epochs=PRUNED, before=point, share=DROPPED, prune_epochs=PRUNING)]
     yield _images("jpeg", (60, 50, 40, 30))
+    yield [_vector()]
     yield from _two_step()
     for where in CUTS["resnet20"]:
         yield _others(where, [CodecSpec("public-code", 4, 1, 4)])
@@ -129,6 +132,12 @@ def _large(cut: str, codec: CodecSpec) -> Point:
     first, *rest = LARGE
     root = Point("resnet56", WEIGHTS["resnet56"], cut, codec, *first)
     return _chain(root, [codec] * len(rest), rest)[-1]
+
+
+def _vector() -> Point:
+    """What pools to a vector on the device: classification there, so in a row of its own and in no figure."""
+    spec = CodecSpec("rate", 16, 1, 4, rate_weight=RATE["last"][0])
+    return Point("resnet20", str(reference_weights(uncoded("resnet20"))), VECTOR, spec, *EPOCHS["last"])
 
 
 def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
