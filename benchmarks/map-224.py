@@ -22,7 +22,7 @@ from sklearn.datasets import load_sample_images
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.end_to_end import SLOWDOWNS, Way, frame_size, medians, time_parts, total_ms
-from benchmarks.results_file import RESULTS, figure, write
+from benchmarks.results_file import RESULTS, figure, track, write
 from models.backbones import build_backbone
 from models.codec import CodecSpec
 from models.coinference import build_split
@@ -140,3 +140,4 @@ if __name__ == "__main__":
     with atomic_path(RESULTS / f"{NAME}.png") as temporary:
         picture(rows).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     print(write(NAME, dataset={"name": "crops of scikit-learn's sample photographs"}, seeds=[0], figures=figures, raw={"rows": rows}))
+    track(NAME)
