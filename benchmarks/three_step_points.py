@@ -99,6 +99,8 @@ def _chains() -> Iterator[Sequence[Any]]:
         yield [point]
         yield [dataclasses.replace(point, frozen_epochs=0, epochs=PRUNED, before=point, share=DROPPED, prune_epochs=PRUNING)]
     yield _images("jpeg", (60, 50, 40, 30))
+    for image_format in ("jpeg", "jpeg-bare"):
+        yield _images(image_format, (70, 65))
     yield [_vector()]
     yield from _two_step()
     for where in CUTS["resnet20"]:
