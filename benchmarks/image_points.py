@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class ImagePoint:
 
 
 def trained(point: ImagePoint) -> nn.Module:
-    """The network of `point`, trained now unless it was before."""
+    """The network of `point`, trained now unless it was before; of `jpeg-bare` it is that of `jpeg`, which arrives as the same pixels."""
+    point = _with_tables(point) if point.image_format == "jpeg-bare" else point
     card, file = load_card(), STATE / f"{point.key()}.safetensors"
     network = build_backbone(point.backbone, card.num_classes, card.image_size, Path(point.weights)).eval()
     if not point.epochs:
@@ -78,3 +79,7 @@ def trained(point: ImagePoint) -> nn.Module:
         atomic_write_bytes(file, weights_bytes(network))
     network.load_state_dict(load_file(file))
     return network.eval()
+
+
+def _with_tables(point: ImagePoint) -> ImagePoint:
+    return replace(point, image_format="jpeg", before=_with_tables(point.before) if point.before else None)

@@ -22,12 +22,11 @@ from sklearn.datasets import load_sample_images
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.end_to_end import SLOWDOWNS, Way, frame_size, medians, time_parts, total_ms
-from benchmarks.results_file import RESULTS, figure, write
+from benchmarks.results_file import RESULTS, figure, track, write
 from models.backbones import build_backbone
 from models.codec import CodecSpec
 from models.coinference import build_split
 from models.cutting import cut_points
-from models.jscc import ChannelCodec
 from pipeline.costs.link import Link
 from pipeline.errors import ModelError
 from pipeline.files import atomic_path
@@ -72,7 +71,7 @@ def ways(name: str, images: NDArray[np.uint8]) -> Iterator[Way]:
             network = build_split(backbone, EXAMPLE, cut.name, CodecSpec("uniform", channels, stride, bits)).eval()
         except ModelError:
             continue
-        if len(cut.shape) != 3 or isinstance(network.codec, ChannelCodec):
+        if len(cut.shape) != 3:
             continue
         half = network.device_half()
         symbols = outputs(half, torch.from_numpy(images))
@@ -103,7 +102,8 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         for row in mine:
             if not row["code"] and row["frame_bytes"]:
                 axes.axhline(row["frame_bytes"], color="0.5", linestyle=":", linewidth=1)
-                axes.annotate(row["name"].removeprefix(f"{name} "), (axes.get_xlim()[1], row["frame_bytes"]), ha="right", va="bottom", fontsize="x-small")
+                label = f"{row['name'].removeprefix(f'{name} ')}: {row['ms']['encode_ms']:.1f} ms"
+                axes.annotate(label, (1.01, row["frame_bytes"]), xycoords=axes.get_yaxis_transform(), va="center", fontsize="x-small")
             elif not row["code"]:
                 axes.axvline(row["ms"]["device_ms"], color="0.5", linestyle="--", linewidth=1, label="device-only")
         axes.set_yscale("log")
@@ -112,7 +112,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         axes.set_title(f"{name}, 224 px: latency only", fontsize="medium")
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small")
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return drawn
 
 
@@ -140,3 +140,4 @@ if __name__ == "__main__":
     with atomic_path(RESULTS / f"{NAME}.png") as temporary:
         picture(rows).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     print(write(NAME, dataset={"name": "crops of scikit-learn's sample photographs"}, seeds=[0], figures=figures, raw={"rows": rows}))
+    track(NAME)

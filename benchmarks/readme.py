@@ -1,4 +1,4 @@
-"""Writes the tables between the markers in README.md and the pictures beside results/*.json from those files: `make readme`."""
+"""Writes the tables between the markers in README.md and the pictures beside results/*.json from those files, and logs these to MLflow: `make readme`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.results_file import RESULTS, ROOT
+from benchmarks.results_file import RESULTS, ROOT, track
 from benchmarks.three_step_pictures import against_macs, fronts, over_links, over_noise
 from benchmarks.three_step_points import CUTS
 from pipeline.files import atomic_path, atomic_write_text
@@ -169,3 +169,4 @@ if __name__ == "__main__":
             for file, picture in pictures(name, json.loads(path.read_text())).items():
                 with atomic_path(RESULTS / file) as temporary:
                     picture.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+            track(name)

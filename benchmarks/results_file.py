@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from pipeline.files import atomic_write_json
 from pipeline.machine import describe_machine
+from pipeline.tracking import stage_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -40,3 +42,13 @@ def write(name: str, *, dataset: dict[str, str], seeds: list[int], figures: dict
         },
     )
     return path
+
+
+def track(name: str) -> None:
+    """Log the figures of results/`name`.json, and the pictures beside it, as a run in MLflow; its `params_hash` is that file's."""
+    path = RESULTS / f"{name}.json"
+    with stage_run(f"benchmark {name}", None, path) as tracker:
+        found = json.loads(path.read_text())["figures"]
+        tracker.log_metrics({key: row["value"] for key, row in found.items() if row["value"] is not None})
+        for picture in sorted(RESULTS.glob(f"{name}*.png")):
+            tracker.log_file(picture)

@@ -28,7 +28,7 @@ from benchmarks.results_file import RESULTS, ROOT, write
 from benchmarks.split_points import costs_key, reference, reference_weights
 from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
 from benchmarks.three_step_points import CUTS, SEEDS, chains, every_point, uncoded
-from benchmarks.three_step_training import alone
+from benchmarks.three_step_training import WEIGHTS, alone
 from benchmarks.three_step_ways import (
     EXAMPLE,
     device_only,
@@ -123,6 +123,8 @@ def cheapest_alike(rows: Mapping[str, Raw], best: Raw) -> dict[str, Raw]:
         kind = codec.get("kind", "")
         if point["backbone"] != "resnet20" or point.get("seed", 0) or kind == "multi-rate" or kind.startswith("jscc") or not near(row, best):
             continue
+        if codec and point["cut"] not in CUTS["resnet20"].values():  # a vector: the device has classified
+            continue
         alike: tuple[Any, ...] = (name,)
         if "image_format" in point:
             alike = point["image_format"], "lossless" in name
@@ -174,7 +176,7 @@ def main() -> None:
 
     def measured(point: Any) -> Raw | None:
         """The row of `point`, which is trained unless it is known; None if time is up."""
-        if isinstance(point, ImagePoint | PrunedPoint) and referred(point.backbone) is None:  # made of the reference
+        if point.weights not in WEIGHTS.values() and referred(point.backbone) is None:  # made of the reference
             return None
         if (row := known()["points"].get(point.name)) or not in_time():
             return row

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-# Okabe and Ito's palette: told apart with any colour vision; two codecs of a family share a colour.
-COLOURS = {"rate": "#0072B2", "uniform": "#56B4E9", "codebook": "#009E73", "bottlenet++": "#D55E00", "public-code": "#CC79A7", "multi-rate": "#E69F00"}
-IMAGE_STYLES = {("webp", False): ("0.35", ":"), ("webp", True): ("0.35", "-"), ("jpeg-bare", False): ("0.65", ":"), ("jpeg", True): ("0.65", "-")}
+from benchmarks.three_step_figures import pooled
+from models.backbones import build_backbone
+from models.cutting import cut_points
+
+# Okabe and Ito's palette, and shades of it: told apart with any colour vision; codecs of a family share a hue.
+COLOURS = {
+    "rate": "#0072B2",
+    "uniform": "#56B4E9",
+    "codebook": "#009E73",
+    "multi-rate": "#E69F00",
+    "bottlenet++": "#D55E00",
+    "public-code": "#CC79A7",
+    "public-code-vector": "#7A3B63",
+    "jscc-awgn": "#D5C711",
+    "jscc-bec": "#A39800",
+    "jscc-bsc": "#5C5600",
+}
+IMAGE_STYLES = {"webp": ("0.3", "."), "jpeg-bare": ("0.5", "+"), "jpeg": ("0.65", "x"), "png": ("0.3", "D")}
+RAW_STYLES = {8: "v", 32: "^"}
 WORST = 0.78  # accuracy, below which nobody would go
 
 Raw = dict[str, Any]
 
 
 def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
-    """Accuracy on validation against payload bits, a panel for each cut: every codec, and image formats plain and trained on."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    """Accuracy on validation against payload bits, a panel for each cut: every codec, image formats plain and trained on, and the feature as it is."""
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
     panels = figure.subplots(1, len(cuts), sharex=True, sharey=True)
     reference = raw["references"].get(backbone, {}).get("validation")
+    elements = {cut.name: cut.elements for cut in cut_points(build_backbone(backbone, 10, 32), torch.zeros(2, 3, 32, 32))}
     for axes, (where, cut) in zip(panels, cuts.items(), strict=True):
         for kind, colour in COLOURS.items():
             rows = [row for row in _splits(raw, backbone) if row["point"]["cut"] == cut and row["point"]["codec"]["kind"] == kind]
@@ -30,27 +51,30 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
             _line(axes, _places(rows, "payload_bits"), color=colour, marker="o", label=kind)
             if kind == "bottlenet++":
                 _line(axes, _places(rows, "uncoded_bits"), color=colour, marker="x", linestyle="--", label=f"{kind}, uncoded")
+            elif kind in ("jscc-bec", "jscc-bsc"):
+                _line(axes, _places(rows, "channel_uses"), color=colour, marker="x", linestyle="--", label=f"{kind}, uncoded")
         rows = [row for row in _pruned_alone(raw, backbone) if row["point"]["cut"] == cut]
         _line(axes, _places(rows, "payload_bits"), color="black", marker="s", label="2-step pruning, 8 bit")
-        for (image_format, tuned), (colour, style) in IMAGE_STYLES.items():
+        for (image_format, (colour, marker)), tuned in itertools.product(IMAGE_STYLES.items(), (False, True)):
             rows = [row for row in raw["points"].values() if row["point"].get("image_format") == image_format and bool(row["point"]["epochs"]) == tuned]
-            _line(axes, _places(rows, "payload_bits"), color=colour, marker=".", linestyle=style, label=f"{image_format}{', trained on it' if tuned else ''}")
+            style = {"color": colour, "marker": marker, "linestyle": "-" if tuned else ":"}
+            _line(axes, _places(rows, "payload_bits"), label=f"{image_format}{', trained on it' if tuned else ''}", **style)
         if reference:
+            for bits, marker in RAW_STYLES.items():
+                axes.plot(bits * elements[cut], reference, color="black", marker=marker, markersize=5, linestyle="none", label=f"raw feature, {bits} bit")
             axes.axhline(reference, color="black", linewidth=0.8)
             axes.axhline(reference - 0.01, color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{where} ({cut})", fontsize="medium")
         axes.set_xlabel("payload bits per image")
         axes.grid(which="major", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylim(bottom=WORST)
+    panels[0].set_ylim(bottom=max(WORST, panels[0].get_ylim()[0]))
     panels[0].set_ylabel("top-1 on validation")
-    names = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize="small")
-    figure.suptitle(f"{backbone}: accuracy against payload; the lines are the unsplit network and 1 point less", fontsize="medium")
+    _legend(figure, 5)
+    figure.suptitle(f"{backbone}: accuracy against payload; the level lines are the unsplit network and 1 point less", fontsize="medium")
     return figure
 
 
@@ -73,6 +97,7 @@ def against_macs(raw: Raw) -> Figure:
             axes.axhline(raw["references"][backbone]["validation"], color="black", linewidth=0.8, linestyle="-" if marker == "o" else "--", label=backbone)
     axes.set_xlabel("device MACs per image, millions (head and encoder)")
     axes.set_ylabel("top-1 on validation")
+    axes.set_axisbelow(True)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
@@ -84,7 +109,7 @@ def over_noise(raw: Raw) -> Figure:
     """Accuracy against the channel's quality: analogue symbols beside PAM, and what erased and flipped bits leave."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for row in raw["points"].values():
+    for row in pooled(raw["points"]):
         codec, found = row["point"].get("codec", {}), row["validation"]
         uses = f"{found.get('channel_uses')} channel uses"
         if codec.get("kind") == "jscc-awgn":
@@ -105,9 +130,11 @@ def over_noise(raw: Raw) -> Figure:
 
 
 def over_links(found: Raw) -> Figure:
-    """Latency against link rate: the way that the search picks and the best baseline, a panel for each device and round trip; shaded where a real cut wins."""
+    """Latency against link rate: what the search picks and the best baseline, a panel for each device and round trip, shaded by who wins."""
     slowdowns = sorted({place["slowdown"] for place in found["grid"]})
     rtts = sorted({place["rtt_ms"] for place in found["grid"]})
+    winners = dict.fromkeys(_winner(place) for place in found["grid"])
+    shades = dict(zip(winners, itertools.cycle(colormaps["tab20"].colors[1::2]), strict=False))
     figure = Figure(figsize=(4 * len(slowdowns), 3 * len(rtts)), layout="constrained")
     for row, rtt in zip(figure.subplots(len(rtts), len(slowdowns), sharex=True, squeeze=False), rtts, strict=True):
         for axes, slowdown in zip(row, slowdowns, strict=True):
@@ -117,10 +144,11 @@ def over_links(found: Raw) -> Figure:
             axes.loglog(rates, [place["pick_ms"] for place in places], color="#0072B2", linestyle="--", label="picked")
             shown = [place[way] for place in places for way in ("baseline_ms", "pick_ms")]
             axes.set_ylim(min(shown) / 1.5, max(shown) * 1.5)
-            wins = [place["real_cut"] and place["ratio"] < 1 for place in places]
-            axes.fill_between(rates, 0, 1, where=wins, step="mid", color="#0072B2", alpha=0.12, transform=axes.get_xaxis_transform(), label="a real cut wins")
+            edges = [rates[0], *(math.sqrt(low * high) for low, high in itertools.pairwise(rates)), rates[-1]]
+            for place, (low, high) in zip(places, itertools.pairwise(edges), strict=True):
+                axes.axvspan(low, high, color=shades[_winner(place)], alpha=0.6, linewidth=0, label=f"{_winner(place)} wins")
             axes.set_title(f"device {slowdown:g}x slower, round trip {rtt:g} ms", fontsize="small")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
@@ -129,12 +157,25 @@ def over_links(found: Raw) -> Figure:
         row[0].set_ylabel("latency per image, ms")
     for axes in figure.axes[-len(slowdowns) :]:
         axes.set_xlabel("link rate, Mbit/s")
-    figure.axes[0].legend(frameon=False, fontsize="small")
+    _legend(figure, 3)
     return figure
 
 
+def _winner(place: Raw) -> str:
+    """Of pick and best baseline the faster, without what all names share."""
+    name: str = place["pick"] if place["ratio"] < 1 else place["baseline"]
+    return name.removeprefix("resnet20 ").replace(", seed 0", "")
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    """Of all panels, below them."""
+    panels = reversed(figure.axes)  # most is shown in the last
+    names = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
 def _splits(raw: Raw, backbone: str) -> Iterable[Raw]:
-    return (row for row in raw["points"].values() if "codec" in row["point"] and row["point"]["backbone"] == backbone)
+    return (row for row in pooled(raw["points"]) if "codec" in row["point"] and row["point"]["backbone"] == backbone)
 
 
 def _pruned_alone(raw: Raw, backbone: str) -> Iterable[Raw]:

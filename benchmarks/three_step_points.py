@@ -17,6 +17,7 @@ CUTS = {
     "resnet20": {"first": "layer1.2", "middle": "layer2.2", "last": "layer3.2"},
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
+VECTOR = "flatten"  # of ResNet-20
 # of the network without codec, whose first part is what codecs at the last cut start from: behind the frozen head, then all
 UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))
 EPOCHS = {"first": (2, 9), "middle": (2, 9), "last": (12, 0)}  # of a codec
@@ -24,7 +25,7 @@ RATE_EPOCHS = EPOCHS | {"first": (0, 9), "middle": (0, 9)}  # of one that takes 
 FINISHED = (0, 2)  # of points that go on from those behind a frozen head
 FINE_EPOCHS = {"first": (3, 15), "middle": (4, 15)}
 FINE = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # trained with the network; other codecs there go on from it
-LARGE = (4, 3)  # of ResNet-56
+LARGE = ((4, 3), (0, 6))  # of ResNet-56: behind the frozen head, then all, twice
 DROPPED, PRUNING, PRUNED = 0.55, 2, 3  # share of its head's MACs that go at least, so that with the encoder half are left; epochs in which they go, and after
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
@@ -74,6 +75,7 @@ def _chains() -> Iterator[Sequence[Any]]:
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]
     yield _images("webp", (60, 50, 40, 30))
+    yield _images("webp", (70, 65))
     good, weights = FINISHED_RATE
     yield _chain(_rates("last")[RATE["last"].index(good)], [_rate("last", weight) for weight in weights], [FINISHED])
     for where in CUTS["resnet20"]:
@@ -93,10 +95,13 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield _whole((0.9, 0.8, 0.7))
     yield _pruned_small()
     for where, cut in CUTS["resnet56"].items():
-        point = Point("resnet56", WEIGHTS["resnet56"], cut, _rate(where, LARGE_RATE[where]), *LARGE)
+        point = _large(cut, _rate(where, LARGE_RATE[where]))
         yield [point]
         yield [dataclasses.replace(point, frozen_epochs=0, epochs=PRUNED, before=point, share=DROPPED, prune_epochs=PRUNING)]
     yield _images("jpeg", (60, 50, 40, 30))
+    for image_format in ("jpeg", "jpeg-bare"):
+        yield _images(image_format, (70, 65))
+    yield [_vector()]
     yield from _two_step()
     for where in CUTS["resnet20"]:
         yield _others(where, [CodecSpec("public-code", 4, 1, 4)])
@@ -123,6 +128,18 @@ def _fine(where: str) -> Point:
 
 def _rate(where: str, weight: float) -> CodecSpec:
     return dataclasses.replace(FINE.get(where, LAST_RATE), kind="rate", rate_weight=weight)
+
+
+def _large(cut: str, codec: CodecSpec) -> Point:
+    first, *rest = LARGE
+    root = Point("resnet56", WEIGHTS["resnet56"], cut, codec, *first)
+    return _chain(root, [codec] * len(rest), rest)[-1]
+
+
+def _vector() -> Point:
+    """What pools to a vector on the device: classification there, so in a row of its own and in no figure."""
+    spec = CodecSpec("rate", 16, 1, 4, rate_weight=RATE["last"][0])
+    return Point("resnet20", str(reference_weights(uncoded("resnet20"))), VECTOR, spec, *EPOCHS["last"])
 
 
 def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
@@ -180,5 +197,5 @@ def uncoded(backbone: str) -> Point:
     """What `backbone`'s reference gets last: as many epochs of all as any split, without codec."""
     if backbone == "resnet20":
         return _uncoded()[-1]
-    root = Point(backbone, WEIGHTS[backbone], CUTS[backbone]["middle"], CodecSpec("raw-fp32", 32, 1, 8), *LARGE)
-    return _chain(root, [root.codec], [(0, PRUNING + PRUNED)])[0]
+    longest = _large(CUTS[backbone]["middle"], CodecSpec("raw-fp32", 32, 1, 8))
+    return _chain(longest, [longest.codec], [(0, PRUNING + PRUNED)])[0]
