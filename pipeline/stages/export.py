@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,14 +146,23 @@ def _symbols(model: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
 
 
 def _alive(symbols: NDArray[np.uint8], candidate: Candidate) -> dict[str, float]:
-    """How many of the codebook's values the training images use; ModelError if it is one, so that nothing is sent."""
-    used = len(np.unique(symbols))
+    """How many of the codebook's values the training images use; less than half is said on stderr, and one, with which nothing is sent, a ModelError."""
+    used, total = len(np.unique(symbols)), 2 ** (candidate.bits or 0)
     if used == 1:
         raise ModelError(
-            f"the codebook of {candidate.label()} has collapsed: every symbol of the training images is the same of its {2 ** (candidate.bits or 0)} values; "
+            f"the codebook of {candidate.label()} has collapsed: every symbol of the training images is the same of its {total} values; "
             "lower codec.commitment or finetune.frozen_learning_rate, or choose codec.kind uniform."
         )
+    if used < total / 2:
+        _say(
+            f"the codebook of {candidate.label()} has collapsed in part: the training images use {used} of its {total} values; "
+            "lower codec.commitment, or take fewer bits (search.bits)."
+        )
     return {"values_used": used}
+
+
+def _say(sentence: str) -> None:
+    print(f"coinfer: {sentence}", file=sys.stderr)
 
 
 def _track(tracker: Tracker, bundle: Bundle, image: NDArray[np.float32]) -> None:
