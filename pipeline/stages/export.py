@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 TABLE_IMAGES = 10_000  # enough for the statistics of a channel; evenly spread over larger training sets
 CALIBRATION_IMAGES = 256
 BATCH = 256
+WARMUP_TURNS, TIMED_TURNS = 10, 50
 
 
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
@@ -74,7 +76,10 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         quantised = candidate.precision == "int8"
         if quantised:
             calibration = torch.split(load_split("train")[0][:CALIBRATION_IMAGES], 1)
-            files[DEVICE] = quantise(files[DEVICE], (preprocessing.tensor(image.numpy()) for image in calibration))
+            fp32, files[DEVICE] = files[DEVICE], quantise(files[DEVICE], (preprocessing.tensor(image.numpy()) for image in calibration))
+            # not among this stage's dependencies in dvc.yaml: no out depends on it
+            threads = int(read_json(paths.device_profile, "a profile")["threads"]) if paths.device_profile.exists() else 1
+            _time_int8((fp32, files[DEVICE]), preprocessing.tensor(validation[:1].numpy()), threads, candidate, tracker)
         symbols = _symbols(files[DEVICE], preprocessing)
         if candidate.codec == "codebook":
             parity["codebook"] = _alive(symbols, candidate)
@@ -135,6 +140,26 @@ def _halves(network: CoInference, example: Tensor) -> dict[str, bytes]:
         DEVICE: export_onnx(device, example, input_name="image", output_name="symbols"),
         EDGE: export_onnx(network.edge_half(), symbols, input_name="symbols", output_name="logits"),
     }
+
+
+def _time_int8(halves: tuple[bytes, bytes], image: NDArray[np.float32], threads: int, candidate: Candidate, tracker: Tracker) -> None:
+    """Log and print how many times as fast as the first of `halves`, fp32, the second, int8, is on this machine; stderr says so where it is slower."""
+    sessions = [open_session(half, threads) for half in halves]
+    ns = np.empty((WARMUP_TURNS + TIMED_TURNS, len(sessions)))
+    for turn in ns:  # in turns, so that what else this machine does falls on both
+        for place, session in enumerate(sessions):
+            start = perf_counter_ns()
+            session.run(["symbols"], {"image": image})
+            turn[place] = perf_counter_ns() - start
+    fp32_ms, int8_ms = np.median(ns[WARMUP_TURNS:], axis=0) / 1e6
+    ratio = float(fp32_ms / int8_ms)
+    tracker.log_metrics({"fp32_over_int8": ratio})
+    print(f"int8 device half: {int8_ms:.3f} ms an image, fp32: {fp32_ms:.3f} ms, {ratio:.2f} times as fast on this machine")
+    if ratio < 1:
+        _say(
+            f"the int8 device half of {candidate.label()} is slower here than the fp32 one; "
+            "set search.precision to fp32, unless the device is another machine and int8 faster there."
+        )
 
 
 def _symbols(model: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
