@@ -103,4 +103,5 @@ def _how_timed(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any
     where = f"over {link['rate_mbps']:g} Mbit/s with {link['rtt_ms']:g} ms round trip, device slowed {metrics['slowdown']:g}x"
     if timing is None:
         return f"times:  predicted, {where}; `dvc repro --force --single-item evaluate@{device}` measures them here"
-    return f"times:  medians of {timing['images']} images {where}"
+    coder = ", coder: python, build the C extension (make install)" if "split" in metrics and timing["machine"]["coder"] == "python" else ""
+    return f"times:  medians of {timing['images']} images {where}{coder}"
