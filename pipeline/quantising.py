@@ -67,6 +67,8 @@ def _nodes(graph: onnx.GraphProto) -> list[str]:
     """Names of the layers but the last, and of what joins or passes on their integers."""
     constants = {item.name for item in graph.initializer}
     layers = [node.name for node in graph.node if node.op_type in LAYERS]
-    joins = [node.name for node in graph.node if node.op_type in ("Add", "Concat") and not constants & set(node.input)]
+    joins = [node.name for node in graph.node if node.op_type in ("Add", "Concat", "Mul") and not constants & set(node.input)]
     passes = [node.name for node in graph.node if node.op_type in ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool")]
-    return [*layers[:-1], *joins, *passes]
+    # ReLU6; the encoder's own bound comes after the last layer
+    clips = [node.name for node in itertools.takewhile(lambda node: node.name not in layers[-1:], graph.node) if node.op_type == "Clip"]
+    return [*layers[:-1], *joins, *passes, *clips]

@@ -28,7 +28,7 @@ def print_report(device: str) -> None:
     metrics, search = read_json(paths.metrics, "the evaluation"), read_json(paths.chosen, "the chosen candidate")
     timing = measured_times(paths, metrics)
     try:
-        table, times = _table(device, metrics, timing, search), _how_timed(device, metrics, timing)
+        tables, times = [_table(device, metrics, timing, search), *_points(metrics)], _how_timed(device, metrics, timing)
     except (KeyError, TypeError, AttributeError) as error:
         raise CoinferError(
             f"{paths.metrics} or {paths.timing} lacks {error}; run `dvc repro --force --single-item evaluate@{device}` to write them again."
@@ -36,7 +36,8 @@ def print_report(device: str) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PLAIN_WIDTH)
-    console.print(table)
+    for table in tables:
+        console.print(table)
     console.print(times, soft_wrap=True)
     console.print(f"bundle: {paths.bundle}", soft_wrap=True)
     console.print("runs:   `make ui` opens them in MLflow", soft_wrap=True)
@@ -83,9 +84,24 @@ def _table(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any] | 
     return table
 
 
+def _points(metrics: Mapping[str, Any]) -> list[Table]:
+    """What a split does at each of its operating points; nothing where it has one."""
+    points = metrics.get("split", {}).get("points")
+    if not points:
+        return []
+    table = Table(title="operating points of the split", title_justify="left", title_style="bold")
+    for name in ("--point", "channels", "bits", "accuracy, %", "payload, bytes", "frame, bytes"):
+        table.add_column(name, justify="right")
+    for index, point in enumerate(points):
+        sizes = f"{point['payload_bits']['mean'] / 8:.1f}", f"{point['frame_bytes']['mean']:.1f}"
+        table.add_row(str(index), str(point["channels"]), str(point["bits"]), f"{100 * point['accuracy']:.2f}", *sizes)
+    return [table]
+
+
 def _how_timed(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None) -> str:
     link = metrics["link"]
     where = f"over {link['rate_mbps']:g} Mbit/s with {link['rtt_ms']:g} ms round trip, device slowed {metrics['slowdown']:g}x"
     if timing is None:
         return f"times:  predicted, {where}; `dvc repro --force --single-item evaluate@{device}` measures them here"
-    return f"times:  medians of {timing['images']} images {where}"
+    coder = ", coder: python, build the C extension (make install)" if "split" in metrics and timing["machine"]["coder"] == "python" else ""
+    return f"times:  medians of {timing['images']} images {where}{coder}"

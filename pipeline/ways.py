@@ -56,12 +56,15 @@ def edges(bundle: Bundle, reference: Path, edge_only: Mapping[str, Any], threads
 
 
 @contextmanager
-def ways(bundle: Bundle, served: Served, threads: int, link: Link | None = None, slowdown: float = 1) -> Iterator[Ways]:
-    """`MODES` -> a function that classifies pixels, uint8 (3, S, S), that way; `link` and the device's `slowdown` are emulated."""
+def ways(bundle: Bundle, served: Served, threads: int, link: Link | None = None, slowdown: float = 1, point: int = 0) -> Iterator[Ways]:
+    """`MODES` -> a function that classifies pixels, uint8 (3, S, S), that way; `link` and the device's `slowdown` are emulated.
+
+    `point` is the operating point of a split.
+    """
     with ExitStack() as stack:
 
         def over(its_bundle: Bundle, port: int) -> Callable[[Pixels], Answer]:
-            half = DeviceHalf(its_bundle, threads, slowdown)
+            half = DeviceHalf(its_bundle, threads, slowdown, point if its_bundle is bundle else 0)
             transport = stack.enter_context(closing(TcpTransport("127.0.0.1", port, link)))
             return lambda pixels: half.classify(pixels, transport)
 

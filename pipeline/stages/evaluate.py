@@ -33,9 +33,10 @@ BATCH = 256
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     """Write evaluate/metrics.json (nothing timed), evaluate/plots/*.csv and timing.json of `device`; return the metrics.
 
-    Every test image is classified by the chosen split (if one was chosen), by the device alone, which runs the bundle's device-only.onnx, and by the
-    edge alone, which runs the reference network on a WebP image of the quality that search found cheapest. The first `evaluate.latency_images` test
-    images are then timed with the emulated link and slowdowns, the three ways in turns, so that what else this machine does falls on all of them.
+    Every test image is classified by the chosen split (if one was chosen), by the device alone, which runs the bundle's device-only.onnx, and by the edge
+    alone, which runs the reference network on a WebP image of the quality that search found cheapest. A split of several operating points goes through at
+    each of them; for all else the first stands for it. The first `evaluate.latency_images` test images are then timed with the emulated link and slowdowns,
+    the three ways in turns, so that what else this machine does falls on all of them.
 
     Raises:
         CoinferError: an input is missing or damaged, the edge process did not start, or an out cannot be written.
@@ -52,6 +53,10 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
         with edges(bundle, paths.reference_onnx, search["edge_only"]["candidate"], edge_threads, settings.edge_slowdown) as served:
             with ways(bundle, served, threads) as every:
                 answers = ask(every, images, f"evaluate {device}")
+            at_points = [answers["split"]] if bundle.kind == "split" else []
+            for point in range(1, len(bundle.points) if at_points else 0):
+                with ways(bundle, served, threads, point=point) as every:
+                    at_points += ask({"split": every["split"]}, images, f"evaluate {device}, point {point}").values()
             with ways(bundle, served, threads, link, settings.slowdown) as every:
                 ask(every, timed[np.arange(warmup) % len(timed)])
                 times = ask(every, timed, f"time {device}")
@@ -59,6 +64,11 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
         raise Interrupted(f"evaluate {device} was interrupted; nothing is kept, `dvc repro` starts it over.") from None
 
     metrics = _metrics(bundle, search, settings, answers, labels)
+    if len(at_points) > 1:
+        metrics["split"]["points"] = [
+            {"channels": tables.channels, "bits": tables.bits, "accuracy": _top1(rows, labels), **_coded(rows)}
+            for tables, rows in zip(bundle.points, at_points, strict=True)
+        ]
     metrics["accuracy_reference"] = _accuracy(paths.reference_onnx, edge_threads, bundle, images, labels)
     timing = {
         "bundle_id": bundle.manifest["bundle_id"],
@@ -116,13 +126,12 @@ def _metrics(bundle: Bundle, search: Mapping[str, Any], settings: Device, answer
         found = search["chosen" if mode == chosen else mode]
         metrics[mode] = {
             "label": f"edge-only, {Candidate.from_dict(found['candidate']).label()}" if mode == "edge_only" else mode.replace("_", "-"),
-            "accuracy": float(np.mean([int(row.logits.argmax()) == label for row, label in zip(rows, labels, strict=True)])),
+            "accuracy": _top1(rows, labels),
             "predicted_ms": {part: found["measurement"][part] for part in PARTS},
         }
         if mode != "device_only":
-            frames = [row.frame_bytes for row in rows]
-            metrics[mode] |= {"payload_bits": _sizes([8 * (n - OVERHEAD_BYTES) for n in frames]), "frame_bytes": _sizes(frames)}
-            metrics[mode] |= {"wire_bytes": _sizes([wire_bytes(n) for n in frames]), "reply_bytes": reply_frame_bytes(len(bundle.classes))}
+            metrics[mode] |= _coded(rows)
+            metrics[mode] |= {"wire_bytes": _sizes([wire_bytes(row.frame_bytes) for row in rows]), "reply_bytes": reply_frame_bytes(len(bundle.classes))}
         metrics[mode]["predicted_ms"] = _predicted(metrics[mode], link)
     return metrics
 
@@ -132,6 +141,15 @@ def _predicted(mode: Mapping[str, Any], link: Link) -> dict[str, float]:
     parts = dict(mode["predicted_ms"])
     parts["link_ms"] = link_ms(mode["frame_bytes"]["mean"], mode["reply_bytes"], link) if "frame_bytes" in mode else 0.0
     return parts | {"total_ms": sum(parts[part] for part in PARTS[:-1])}
+
+
+def _top1(rows: list[Answer], labels: NDArray[np.int64]) -> float:
+    return float(np.mean([int(row.logits.argmax()) == label for row, label in zip(rows, labels, strict=True)]))
+
+
+def _coded(rows: list[Answer]) -> dict[str, dict[str, float]]:
+    frames = [row.frame_bytes for row in rows]
+    return {"payload_bits": _sizes([8 * (n - OVERHEAD_BYTES) for n in frames]), "frame_bytes": _sizes(frames)}
 
 
 def _sizes(values: list[int]) -> dict[str, float]:

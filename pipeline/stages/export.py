@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 TABLE_IMAGES = 10_000  # enough for the statistics of a channel; evenly spread over larger training sets
 CALIBRATION_IMAGES = 256
 BATCH = 256
+WARMUP_TURNS, TIMED_TURNS = 10, 50
 
 
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
@@ -73,7 +76,8 @@ def _export(params: Params, paths: DevicePaths, tracker: Tracker) -> dict[str, A
         quantised = candidate.precision == "int8"
         if quantised:
             calibration = torch.split(load_split("train")[0][:CALIBRATION_IMAGES], 1)
-            files[DEVICE] = quantise(files[DEVICE], (preprocessing.tensor(image.numpy()) for image in calibration))
+            fp32, files[DEVICE] = files[DEVICE], quantise(files[DEVICE], (preprocessing.tensor(image.numpy()) for image in calibration))
+            _time_int8((fp32, files[DEVICE]), preprocessing.tensor(validation[:1].numpy()), candidate, tracker)
         symbols = _symbols(files[DEVICE], preprocessing)
         if candidate.codec == "codebook":
             parity["codebook"] = _alive(symbols, candidate)
@@ -136,6 +140,26 @@ def _halves(network: CoInference, example: Tensor) -> dict[str, bytes]:
     }
 
 
+def _time_int8(halves: tuple[bytes, bytes], image: NDArray[np.float32], candidate: Candidate, tracker: Tracker) -> None:
+    """Log and print how many times as fast as the first of `halves`, fp32, the second, int8, is here on one thread; stderr says so where it is slower."""
+    sessions = [open_session(half, 1) for half in halves]
+    ns = np.empty((WARMUP_TURNS + TIMED_TURNS, len(sessions)))
+    for turn in ns:  # in turns, so that what else this machine does falls on both
+        for place, session in enumerate(sessions):
+            start = perf_counter_ns()
+            session.run(["symbols"], {"image": image})
+            turn[place] = perf_counter_ns() - start
+    fp32_ms, int8_ms = np.median(ns[WARMUP_TURNS:], axis=0) / 1e6
+    ratio = float(fp32_ms / int8_ms)
+    tracker.log_metrics({"fp32_over_int8": ratio})
+    print(f"int8 device half: {int8_ms:.3f} ms an image, fp32: {fp32_ms:.3f} ms, {ratio:.2f} times as fast on this machine")
+    if ratio < 1:
+        _say(
+            f"the int8 device half of {candidate.label()} is slower here than the fp32 one; "
+            "set search.precision to fp32, unless the device is another machine and int8 faster there."
+        )
+
+
 def _symbols(model: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Symbols uint8 (N, h, H, W) of the training images through the exported device half."""
     images, _ = load_split("train")
@@ -145,14 +169,23 @@ def _symbols(model: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
 
 
 def _alive(symbols: NDArray[np.uint8], candidate: Candidate) -> dict[str, float]:
-    """How many of the codebook's values the training images use; ModelError if it is one, so that nothing is sent."""
-    used = len(np.unique(symbols))
+    """How many of the codebook's values the training images use; less than half is said on stderr, and one, with which nothing is sent, a ModelError."""
+    used, total = len(np.unique(symbols)), 2 ** (candidate.bits or 0)
     if used == 1:
         raise ModelError(
-            f"the codebook of {candidate.label()} has collapsed: every symbol of the training images is the same of its {2 ** (candidate.bits or 0)} values; "
+            f"the codebook of {candidate.label()} has collapsed: every symbol of the training images is the same of its {total} values; "
             "lower codec.commitment or finetune.frozen_learning_rate, or choose codec.kind uniform."
         )
+    if used < total / 2:
+        _say(
+            f"the codebook of {candidate.label()} has collapsed in part: the training images use {used} of its {total} values; "
+            "lower codec.commitment, or take fewer bits (search.bits)."
+        )
     return {"values_used": used}
+
+
+def _say(sentence: str) -> None:
+    print(f"coinfer: {sentence}", file=sys.stderr)
 
 
 def _track(tracker: Tracker, bundle: Bundle, image: NDArray[np.float32]) -> None:

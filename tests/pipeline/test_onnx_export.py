@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.codec import NearestValue
 from pipeline.errors import ModelError
 from pipeline.onnx_export import OPSET, export_onnx
 from tests.tiny import tiny_backbone as build_tiny
@@ -55,6 +57,12 @@ def test_export_is_quiet_and_leaves_the_module_alone(capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ("", "")
     assert module.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_export_of_a_codebook_says_nothing(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    export_onnx(NearestValue(nn.Parameter(torch.linspace(0, 1, 8))), torch.zeros(2, 4, 3, 3), input_name="u", output_name="symbols")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_two_folders_and_two_processes_give_the_same_bytes_without_a_path(exported: bytes, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.codec import CodecSpec
+from models.codec import Bounded, CodecSpec, Quantiser
 from models.coinference import build_split
 from pipeline.errors import ModelError
 from pipeline.onnx_export import export_onnx
@@ -68,3 +68,23 @@ def test_what_is_no_model_is_refused_as_such() -> None:
     empty.input.append(onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, 16, 16]))
     with pytest.raises(ModelError, match=r"the device half cannot be quantised to int8 \(.+\); set search\.precision to fp32"):
         quantise(onnx.helper.make_model(empty).SerializeToString(), [IMAGES])
+
+
+def test_integers_go_on_through_relu6_and_a_gate_but_not_through_the_codec() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.SiLU())
+            self.encode = nn.Sequential(nn.Conv2d(8, 4, 1), Bounded(), Quantiser(4))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.encode(self.features(images))
+
+    torch.manual_seed(0)
+    model = export_onnx(Gated(), torch.zeros(2, 3, 16, 16), input_name="image", output_name="symbols")
+    quantised = quantise(model, [IMAGES])
+    assert np.abs(symbols(model).astype(int) - symbols(quantised)).max() <= 1
+    nodes = onnx.load_from_string(quantised).graph.node
+    integers = {output for node in nodes if node.op_type == "DequantizeLinear" for output in node.output}
+    taken = [(node.op_type, node.input[0] in integers) for node in nodes if node.op_type in ("Conv", "Clip", "Mul")]
+    assert taken == [("Conv", True), ("Conv", True), ("Mul", True), ("Conv", True), ("Clip", False), ("Mul", False)], "ReLU6 is in the integers' range"

@@ -39,7 +39,7 @@ def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DevicePaths:
     }
     spread = {part: {"median": ms, "low": ms, "high": ms} for part, ms in TIMES.items()}
     same = {key: metrics[key] for key in ("bundle_id", "link", "slowdown", "edge_slowdown")}
-    timing = {**same, "images": 200, "latency_ms": dict.fromkeys(("split", "device_only", "edge_only"), spread)}
+    timing = {**same, "images": 200, "machine": {"coder": "c"}, "latency_ms": dict.fromkeys(("split", "device_only", "edge_only"), spread)}
     search = {"floor": 0.95, "device_only": {"feasible": False, "measurement": {"accuracy": 0.97}}, "edge_only": {"feasible": True}}
     for path in (paths.metrics, paths.chosen):
         path.parent.mkdir(parents=True)
@@ -64,7 +64,8 @@ def test_report_shows_candidate_accuracy_bytes_ms_by_part_bundle_and_ui(evaluate
     assert rows["device, ms"][0] == "5.12"
     assert rows["total, ms"] == ["28.25"] * 3
     assert rows["predicted total, ms"] == ["56.50"] * 3
-    assert "medians of 200 images over 0.1 Mbit/s with 10 ms round trip, device slowed 20x" in out
+    assert "medians of 200 images over 0.1 Mbit/s with 10 ms round trip, device slowed 20x\n" in out
+    assert "operating points" not in out
     assert "artifacts/camera/bundle" in out
     assert "make ui" in out
     assert max(len(line) for line in out.splitlines()) <= 100
@@ -76,6 +77,25 @@ def test_a_baseline_below_the_accuracy_floor_is_marked(evaluated: DevicePaths, c
     evaluated.chosen.write_text(json.dumps(json.loads(evaluated.chosen.read_text()) | {"edge_only": below}))
     print_report("camera")
     assert "WebP q75 (below the floor)" in capsys.readouterr().out
+
+
+def test_operating_points_are_shown_side_by_side(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = json.loads(evaluated.metrics.read_text())
+    metrics["split"]["points"] = [
+        {"channels": 8, "bits": 4, "accuracy": 0.975, "payload_bits": {"mean": 100.8}, "frame_bytes": {"mean": 25.6}},
+        {"channels": 4, "bits": 2, "accuracy": 0.95, "payload_bits": {"mean": 40.0}, "frame_bytes": {"mean": 18.0}},
+    ]
+    evaluated.metrics.write_text(json.dumps(metrics))
+    print_report("camera")
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
+    assert ["0", "8", "4", "97.50", "12.6", "25.6"] in cells
+    assert ["1", "4", "2", "95.00", "5.0", "18.0"] in cells
+
+
+def test_a_coder_without_its_c_extension_is_told_beside_the_times(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated.timing.write_text(json.dumps(json.loads(evaluated.timing.read_text()) | {"machine": {"coder": "python"}}))
+    print_report("camera")
+    assert "device slowed 20x, coder: python, build the C extension (make install)\n" in capsys.readouterr().out
 
 
 def test_a_clone_without_measured_times_sees_predicted_ones(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:

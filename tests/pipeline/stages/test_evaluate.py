@@ -17,7 +17,9 @@ from pipeline.params import Params, parse_params
 from pipeline.paths import DevicePaths
 from pipeline.report import print_report
 from pipeline.runtime.bundle import DEVICE_ONLY, EDGE, Bundle
-from pipeline.runtime.device import PARTS
+from pipeline.runtime.device import PARTS, DeviceHalf
+from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.transport import LoopbackTransport
 from pipeline.search.candidate import Candidate
 from pipeline.stages import evaluate, export
 from pipeline.ways import edges
@@ -36,7 +38,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundled(workdir: Path, digits_params: Params, artifacts: Path, request: pytest.FixtureRequest) -> DevicePaths:
     candidate: Candidate = getattr(request, "param", SPLIT)
-    kept = artifacts / f"{candidate.kind} of {len(candidate.keep)} pruned blocks"
+    kept = artifacts / f"{candidate.kind} {candidate.codec} of {len(candidate.keep)} pruned blocks"
     if not kept.exists():
         write_finetuned(digits_params, candidate)
         export.run(digits_params, "camera", RecordingTracker())
@@ -57,6 +59,7 @@ def test_every_test_image_goes_all_three_ways(
     assert json.loads(bundled.metrics.read_text()) == metrics
     assert metrics["images"] == COUNTS["test"]
     assert metrics["chosen"] == "split"
+    assert "points" not in metrics["split"]
     for mode in MODES:
         assert metrics[mode]["accuracy"] * COUNTS["test"] == pytest.approx(round(metrics[mode]["accuracy"] * COUNTS["test"]))
         assert metrics[mode]["predicted_ms"]["total_ms"] == pytest.approx(sum(metrics[mode]["predicted_ms"][part] for part in PARTS[:-1]))
@@ -100,6 +103,31 @@ def test_every_test_image_goes_all_three_ways(
     locked = {path: path.read_bytes() for path in (bundled.metrics, *bundled.plots.iterdir())}
     evaluate.run(digits_params, "camera", tracker)
     assert {path: path.read_bytes() for path in locked} == locked
+
+
+@pytest.mark.parametrize(
+    "bundled", [Candidate("block1", code_channels=4, stride=2, bits=8, codec="multi-rate", points=((4, 4), (2, 2), (1, 1)))], indirect=True
+)
+def test_a_split_of_several_operating_points_is_measured_at_each(
+    bundled: DevicePaths, digits_params: Params, tracker: RecordingTracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = evaluate.run(digits_params, "camera", tracker)
+    assert json.loads(bundled.metrics.read_text()) == metrics
+    points = metrics["split"]["points"]
+    assert [(point["channels"], point["bits"]) for point in points] == [(4, 4), (2, 2), (1, 1)]
+    assert {key: points[0][key] for key in ("accuracy", "payload_bits", "frame_bytes")} == {
+        key: metrics["split"][key] for key in ("accuracy", "payload_bits", "frame_bytes")
+    }
+    assert points[0]["frame_bytes"]["mean"] > points[1]["frame_bytes"]["mean"] > points[2]["frame_bytes"]["mean"]
+    half, edge = Bundle.load(bundled.bundle), EdgeHalf(Bundle.load(bundled.bundle))
+    images, labels = load_split("test")
+    for index, point in enumerate(points):
+        device = DeviceHalf(half, point=index)
+        answers = [device.classify(image.numpy(), LoopbackTransport(edge)) for image in images]
+        assert point["frame_bytes"]["mean"] == pytest.approx(sum(answer.frame_bytes for answer in answers) / len(answers))
+        assert point["accuracy"] == pytest.approx(sum(answer.logits.argmax() == label for answer, label in zip(answers, labels, strict=True)) / len(answers))
+    print_report("camera")
+    assert "operating points of the split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bundled", [EDGE_ONLY], indirect=True)

@@ -58,12 +58,18 @@ def test_split_passes_the_gate_and_becomes_a_bundle_that_answers(workdir: Path, 
     _gate_refuses_other_weights(paths.bundle, bundle)
 
 
-def test_an_int8_device_half_is_judged_by_itself_and_answers(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+def test_an_int8_device_half_is_judged_by_itself_and_answers(
+    workdir: Path, digits_params: Params, tracker: RecordingTracker, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = write_finetuned(digits_params, Candidate(**{**SPLIT.__dict__, "precision": "int8"}))
     parity = export.run(digits_params, "camera", tracker)
     assert parity["split"]["symbols_differing"] <= parity["split"]["symbols_allowed"]
     assert parity["split"]["top1_equal"] == 1
     assert parity["split"]["top1_equal_unquantised"] > 0.6
+    assert "ms" not in paths.parity.read_text()
+    said, (ratio,) = capsys.readouterr(), [logged["fp32_over_int8"] for logged, _ in tracker.metrics if "fp32_over_int8" in logged]
+    assert f"{ratio:.2f} times as fast on this machine" in said.out
+    assert ("block1 4ch /2 3bit int8 is slower here than the fp32 one; set search.precision to fp32" in said.err) == (ratio < 1)
     bundle = Bundle.load(paths.bundle)
     assert bundle.manifest["candidate"]["precision"] == "int8"
     pixels = np.random.default_rng(1).integers(0, 256, (3, 16, 16), np.uint8)
@@ -76,14 +82,23 @@ def test_an_int8_device_half_is_judged_by_itself_and_answers(workdir: Path, digi
     assert whole.read("device.onnx") != halves["device.onnx"]
 
 
-def test_a_codebook_that_collapsed_is_named(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
+def test_a_codebook_that_collapsed_is_named(workdir: Path, digits_params: Params, tracker: RecordingTracker, capsys: pytest.CaptureFixture[str]) -> None:
     candidate = Candidate("block1", code_channels=4, stride=2, bits=3, codec="codebook")
     paths = write_finetuned(digits_params, candidate)
-    assert export.run(digits_params, "camera", tracker)["codebook"]["values_used"] > 2
-    weights = load_file(paths.split_weights)
-    for name in ("codec.values", "codec.quantise.values", "codec.dequantise.values"):
-        weights[name] = torch.linspace(5, 6, 8)  # all above what the clamp lets through
-    save_file(weights, paths.split_weights)
+    assert export.run(digits_params, "camera", tracker)["codebook"]["values_used"] >= 4
+    assert capsys.readouterr().err == ""
+
+    def give(values: torch.Tensor) -> None:
+        names = ("codec.values", "codec.quantise.values", "codec.dequantise.values")
+        save_file(load_file(paths.split_weights) | {name: values.clone() for name in names}, paths.split_weights)
+
+    give(torch.tensor([0.4, 0.6, 5, 5.2, 5.4, 5.6, 5.8, 6]))  # the clamp lets nothing above 1 through
+    assert export.run(digits_params, "camera", tracker)["codebook"]["values_used"] == 2
+    assert capsys.readouterr().err == (
+        "coinfer: the codebook of block1 4ch /2 3bit codebook has collapsed in part: the training images use 2 of its 8 values; "
+        "lower codec.commitment, or take fewer bits (search.bits).\n"
+    )
+    give(torch.linspace(5, 6, 8))
     with pytest.raises(ModelError, match=r"the codebook of block1 4ch /2 3bit codebook has collapsed: .* the same of its 8 values; lower codec\.commitment"):
         export.run(digits_params, "camera", tracker)
 
