@@ -1,4 +1,4 @@
-"""Writes the tables between the markers in README.md and the pictures beside results/*.json from those files, and logs these to MLflow: `make readme`."""
+"""Makes the tables between the markers in `TARGETS` and the pictures beside results/*.json from those files, and logs these to MLflow: `make readme`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,37 @@ from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.figure import pareto_figure
 from pipeline.search.pareto import Limits, Trial
 
-BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20", "three-step": "three_step"}
+BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20", "three-step": "three_step", "pruning": "pruned-half"}
+TARGETS = ("README.md", "docs/split.md")
 WORDS = ("cut", "codec", "precision")  # columns of trials.csv that are no JSON
 WAYS = ("split", "device_only", "edge_only")
 
 
 def table(name: str, results: dict[str, Any]) -> str:
     """The Markdown table of one results file."""
-    return three_step_table(results) if name == "three_step" else pipeline_table(results)
+    return {"three_step": three_step_table, "pruned-half": pruned_half_table}.get(name, pipeline_table)(results)
+
+
+def pruned_half_table(results: dict[str, Any]) -> str:
+    """How much faster a device half with half of its channels is, a row for each backbone and cut."""
+    figures, machine = results["figures"], results["machine"]
+    rows = []
+    for key, speedup in figures.items():
+        kind, _, half = key.partition(".")
+        if kind == "speedup":
+            (backbone, _, cut), size = half.partition("."), speedup["how"].rpartition(", ")[2]
+            low, high = speedup["spread"]
+            rows.append(f"| {backbone} | {cut} | {size} | {figures[f'macs_kept.{half}']['value']:.2f} | {speedup['value']:.2f} ({low:.2f} to {high:.2f}) |")
+    return "\n".join(
+        [
+            "| backbone | cut | input | MACs left | times as fast (quartiles) |",
+            "|---|---|---:|---:|---:|",
+            *rows,
+            "",
+            f"Half of the channels of every group, in multiples of 8; ONNX Runtime, one thread, both halves in turns, on {machine['cpu']} "
+            f"(commit {results['commit'][:8]}, {results['date']}).",
+        ]
+    )
 
 
 def three_step_table(results: dict[str, Any]) -> str:
@@ -116,6 +139,8 @@ def _trial(row: dict[str, str]) -> Trial:
 
 def pictures(name: str, results: dict[str, Any]) -> dict[str, Any]:
     """File name -> figure."""
+    if name == "pruned-half":
+        return {}
     return three_step_pictures(results) if name == "three_step" else pipeline_pictures(name, results)
 
 
@@ -155,14 +180,14 @@ def readme(text: str) -> str:
             continue
         results = json.loads(path.read_text())
         images = " ".join(f"![{file.removeprefix(f'{name}-').removesuffix('.png')}](results/{file})" for file in pictures(name, results))
-        body = f"{table(name, results)}\n\n{images}"
+        body = "\n\n".join(part for part in (table(name, results), images) if part)
         text = re.sub(rf"(<!-- results:{block} -->\n).*?(<!-- /results -->)", lambda found: f"{found[1]}{body}\n{found[2]}", text, flags=re.S)  # noqa: B023
     return text
 
 
 if __name__ == "__main__":
-    target = ROOT / "README.md"
-    atomic_write_text(target, readme(target.read_text()))
+    for target in TARGETS:
+        atomic_write_text(ROOT / target, readme((ROOT / target).read_text()))
     for name in BLOCKS.values():
         path = RESULTS / f"{name}.json"
         if path.exists():
