@@ -182,7 +182,7 @@ def main() -> None:
             return row
         began = time.perf_counter()
         fields = asdict(point) | {"before": point.before.key() if point.before else None}
-        row = {"key": point.key(), "costs": costs_key(), "point": fields, **point.facts(), "validation": point.judged(load_split("validation"))}
+        row = {"key": point.key(), "point": fields, **point.facts(), "costs": costs_key(), "validation": point.judged(load_split("validation"))}
         row["seconds"] = round(time.perf_counter() - began, 1)
         with changed() as raw:
             raw["points"][point.name] = row
