@@ -287,7 +287,7 @@ def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
     """Sizes of the coded `images` uint8 (N, 3, S, S), by tables of the training images: bits by the real coder, frames, cross-entropy, uncoded."""
     codec = network.codec
     if not isinstance(codec, SymbolCodec):
-        bits = 32 * int(np.prod(codec.feature_shape))
+        bits = codec.uncoded_bits
         return {"payload_bits": size([bits]), "uncoded_bits": bits}
     tables, symbols = tables_of(network), _symbols(network.device_half(), images)
     payloads, times = [], []
@@ -301,7 +301,7 @@ def cost(network: CoInference, images: Tensor) -> dict[str, Any]:
         "payload_bits": size([8 * size for size in payloads]),
         "frame_bytes": size([size + OVERHEAD_BYTES for size in payloads]),
         "cross_entropy_bits": float(np.mean([coder.entropy_bits(code, tables) for code in symbols])),
-        "uncoded_bits": codec.spec.bits * symbols[0].size,
+        "uncoded_bits": codec.uncoded_bits,
         "symbols": symbols[0].size,
         "coder_ms": float(np.median(times)),
     }
