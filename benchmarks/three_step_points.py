@@ -26,7 +26,9 @@ FINISHED = (0, 2)  # of points that go on from those behind a frozen head
 FINE_EPOCHS = {"first": (3, 15), "middle": (4, 15)}
 FINE = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 32, 4, 4)}  # trained with the network; other codecs there go on from it
 LARGE = ((4, 3), (0, 6))  # of ResNet-56: behind the frozen head, then all, twice
-DROPPED, PRUNING, PRUNED = 0.55, 2, 3  # share of its head's MACs that go at least, so that with the encoder half are left; epochs in which they go, and after
+DROPPED = {"first": 0.55, "middle": 0.55, "last": 0.51}  # share of its head's MACs that go at least, so that with the encoder half are left
+PRUNING, PRUNED = 2, {"first": 3, "middle": 6, "last": 6}  # epochs in which they go, and after
+FURTHER = (0, 3)  # of a split of it that goes on from another with the next weight
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
@@ -40,10 +42,12 @@ FINISHED_RATE = 0.04, (0.08, 0.16)  # at the last cut: the one gone on from, and
 LAST_RATE = CodecSpec("rate", 16, 4, 3)
 BOTTLENETPP = {  # (stride, widths)
     "first": ((4, (8, 4)), (8, (16, 8))),
-    "middle": ((4, (16, 8)), (2, (4, 2))),
+    "middle": ((4, (32, 16, 8)), (2, (8, 4, 2))),
     "last": ((4, (8, 4, 2, 1)), (2, (2, 1))),
 }
-LARGE_RATE = {"first": 2e-4, "middle": 4e-4, "last": 2e-2}
+LARGE_RATE = {"first": (2e-4, 1.2e-4), "middle": (4e-4,), "last": (2e-2,)}  # the first of each is pruned too
+STRIDE_2 = CodecSpec("rate", 16, 2, 4)
+STRIDE_2_RATE = (6e-4,)
 SEEDS = (0, 1, 2)
 
 
@@ -71,6 +75,7 @@ def _chains() -> Iterator[Sequence[Any]]:
     for where in RATE:
         for point in _rates(where):
             yield [point]
+    yield _others("middle", [dataclasses.replace(STRIDE_2, rate_weight=weight) for weight in STRIDE_2_RATE])
     yield [_image(image_format, 100) for image_format in ("png", "webp")]
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]
@@ -95,9 +100,11 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield _whole((0.9, 0.8, 0.7))
     yield _pruned_small()
     for where, cut in CUTS["resnet56"].items():
-        point = _large(cut, _rate(where, LARGE_RATE[where]))
+        weight, *further = LARGE_RATE[where]
+        point = _large(cut, _rate(where, weight))
         yield [point]
-        yield [dataclasses.replace(point, frozen_epochs=0, epochs=PRUNED, before=point, share=DROPPED, prune_epochs=PRUNING)]
+        yield [dataclasses.replace(point, frozen_epochs=0, epochs=PRUNED[where], before=point, share=DROPPED[where], prune_epochs=PRUNING)]
+        yield _chain(point, [_rate(where, weight) for weight in further], [FURTHER])
     yield _images("jpeg", (60, 50, 40, 30))
     for image_format in ("jpeg", "jpeg-bare"):
         yield _images(image_format, (70, 65))
@@ -198,4 +205,5 @@ def uncoded(backbone: str) -> Point:
     if backbone == "resnet20":
         return _uncoded()[-1]
     longest = _large(CUTS[backbone]["middle"], CodecSpec("raw-fp32", 32, 1, 8))
-    return _chain(longest, [longest.codec], [(0, PRUNING + PRUNED)])[0]
+    least, most = min(PRUNED.values()), max(PRUNED.values())
+    return _chain(longest, [longest.codec] * 2, [(0, PRUNING + least), (0, most - least)])[-1]
