@@ -27,7 +27,7 @@ from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, write
 from benchmarks.split_points import costs_key, reference, reference_weights
 from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
-from benchmarks.three_step_points import CUTS, SEEDS, chains, every_point, uncoded
+from benchmarks.three_step_points import CUTS, SEEDS, VECTOR, chains, every_point, uncoded
 from benchmarks.three_step_training import WEIGHTS, alone
 from benchmarks.three_step_ways import (
     EXAMPLE,
@@ -123,7 +123,7 @@ def cheapest_alike(rows: Mapping[str, Raw], best: Raw) -> dict[str, Raw]:
         kind = codec.get("kind", "")
         if point["backbone"] != "resnet20" or point.get("seed", 0) or kind == "multi-rate" or kind.startswith("jscc") or not near(row, best):
             continue
-        if codec and point["cut"] not in CUTS["resnet20"].values():  # a vector: the device has classified
+        if codec and point["cut"] == VECTOR:  # the device has classified
             continue
         alike: tuple[Any, ...] = (name,)
         if "image_format" in point:

@@ -18,6 +18,7 @@ CUTS = {
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
 VECTOR = "flatten"  # of ResNet-20
+EARLY = ("layer1.0", "relu")  # cuts of it with the shortest device halves: timed, in no figure of bits
 # of the network without codec, whose first part is what codecs at the last cut start from: behind the frozen head, then all
 UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))
 EPOCHS = {"first": (2, 9), "middle": (2, 9), "last": (12, 0)}  # of a codec
@@ -46,6 +47,7 @@ BOTTLENETPP = {  # (stride, widths)
     "last": ((4, (8, 4, 2, 1)), (2, (2, 1))),
 }
 LARGE_RATE = {"first": (2e-4, 1.2e-4), "middle": (4e-4,), "last": (2e-2,)}  # the first of each is pruned too
+EARLY_RATE = 1.5e-4
 STRIDE_2 = CodecSpec("rate", 16, 2, 4)
 STRIDE_2_RATE = (6e-4,)
 SEEDS = (0, 1, 2)
@@ -75,6 +77,8 @@ def _chains() -> Iterator[Sequence[Any]]:
     for where in RATE:
         for point in _rates(where):
             yield [point]
+    for cut in EARLY:
+        yield [Point("resnet20", WEIGHTS["resnet20"], cut, _rate("first", EARLY_RATE), *FINE_EPOCHS["first"])]
     yield _others("middle", [dataclasses.replace(STRIDE_2, rate_weight=weight) for weight in STRIDE_2_RATE])
     yield [_image(image_format, 100) for image_format in ("png", "webp")]
     for image_format in FORMATS:
