@@ -56,7 +56,7 @@ from pipeline.split_distilling import SplitDistiller
 from pipeline.training import weights_bytes
 
 COSTS = (
-    *(f"pipeline/runtime/{name}" for name in ("coder.py", "rans_twin.py", "_rans.c", "frame.py", "images.py")),
+    *(f"pipeline/runtime/{name}" for name in ("coder.py", "context.py", "rans_twin.py", "_rans.c", "frame.py", "images.py")),
     "pipeline/data.py",
     "pipeline/networks.py",
     "models/channels.py",

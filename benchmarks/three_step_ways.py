@@ -32,6 +32,7 @@ from pipeline.onnx_export import export_onnx
 from pipeline.quantising import quantise
 from pipeline.runtime import coder
 from pipeline.runtime.bundle import open_session
+from pipeline.runtime.context import ContextModel, Predictor, fit_contexts
 from pipeline.runtime.preprocess import Preprocessing
 
 OURS = ("uniform", "codebook", "rate", "multi-rate")
@@ -60,7 +61,8 @@ def in_int8(way: Way, train: Split, validation: Split) -> Way:
         return np.concatenate([device_session.run(None, {device_session.get_inputs()[0].name: part})[0] for part in parts])
 
     assert way.tables is not None
-    tables = coder.build_tables(symbols_of(train[0][:TABLE_IMAGES]), way.tables.bits, way.tables.contexts)
+    known = symbols_of(train[0][:TABLE_IMAGES])
+    tables = coder.build_tables(known, way.tables.bits, way.tables.model and fit_contexts(known))
     symbols = symbols_of(validation[0])
     logits = edge_session.run(None, {edge_session.get_inputs()[0].name: symbols})[0]
     right = float((logits.argmax(1) == validation[1].numpy()).mean())
@@ -113,10 +115,20 @@ def stream_cost(way: Way, images: Tensor) -> dict[str, float]:
     count = len(symbols) // together * together
     streams = symbols[:count].reshape(-1, together, channels, height, width).transpose(0, 2, 1, 3, 4).reshape(-1, channels, together * height, width)
     streams = np.ascontiguousarray(streams)
+    tables = replace(way.tables, model=way.tables.model and _repeated(way.tables.model, together))
     return {
-        "bits": float(sum(8 * len(coder.encode(stream, way.tables)) for stream in streams)),
-        "cross_entropy_bits": float(sum(coder.entropy_bits(stream, way.tables) for stream in streams)),
+        "bits": float(sum(8 * len(coder.encode(stream, tables)) for stream in streams)),
+        "cross_entropy_bits": float(sum(coder.entropy_bits(stream, tables) for stream in streams)),
     }
+
+
+def _repeated(model: ContextModel, times: int) -> ContextModel:
+    """For planes of `times` images, one below the other."""
+
+    def higher(predictor: Predictor) -> Predictor:
+        return replace(predictor, rows=tuple(row * times for row in predictor.rows))
+
+    return replace(model, mean=higher(model.mean), spread=higher(model.spread))
 
 
 def of_image(point: ImagePoint, accuracy: float, frame_bytes: float) -> Way:

@@ -241,8 +241,9 @@ class UniformCodec(SymbolCodec):
 class RateCodec(UniformCodec):
     """`uniform` whose loss also counts the coded bits of an image above `budget_bits`, times rate_weight.
 
-    A symbol costs -log2 of its running frequency in its code channel and context, which is what the coder's tables will hold. Between two levels the cost
-    is interpolated, which gives u a gradient towards the cheaper one; the batch norm before the clamp can so narrow a channel to few levels or still it.
+    A symbol costs -log2 of its running frequency in its code channel and context, somewhat more than the coder will need, which knows more contexts.
+    Between two levels the cost is interpolated, which gives u a gradient towards the cheaper one; the batch norm before the clamp can so narrow a channel
+    to few levels or still it.
     """
 
     kind = "rate"
@@ -286,12 +287,16 @@ class RateCodec(UniformCodec):
 
 
 def context_count(bits: int) -> int:
-    """How many contexts the coder tells apart for symbols of `bits` bits (pipeline/runtime/coder.py)."""
+    """How many contexts a channel's symbols of `bits` bits have in training: one for each sum of two neighbours while those are few, and one for the first."""
     return min(2 << bits, 32)
 
 
 def context_rows(symbols: Tensor, levels: int, contexts: int) -> Tensor:
-    """The row channel*contexts + context of each of `symbols`, uint8 (B, h, H, W), int64 of that shape; the coder's rule (pipeline/runtime/coder.py)."""
+    """The row channel*contexts + context of each of `symbols`, uint8 (B, h, H, W), int64 of that shape.
+
+    The context is the last one for the first symbol of a channel, else (left + above) scaled to the other contexts, symbols of the same channel; at an edge
+    of the plane the neighbour that is there counts twice. The coder's contexts (pipeline/runtime/context.py) are fitted once training is over.
+    """
     values = symbols.long()
     left, above = torch.zeros_like(values), torch.zeros_like(values)
     left[..., 1:], above[..., 1:, :] = values[..., :-1], values[..., :-1, :]

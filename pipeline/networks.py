@@ -14,7 +14,8 @@ from models.coinference import CoInference, build_split
 from models.cutting import CutPoint
 from models.pruning import Pruner
 from pipeline.params import Codec
-from pipeline.runtime.coder import CodecTables, build_embedded_tables, build_tables, context_count, entropy_bits
+from pipeline.runtime.coder import CodecTables, build_embedded_tables, build_tables, entropy_bits
+from pipeline.runtime.context import fit_contexts
 from pipeline.search.candidate import OUTPUT, Candidate
 
 HELD_BACK = 10
@@ -59,9 +60,9 @@ def coder_tables(symbols: NDArray[np.uint8], bits: int) -> CodecTables:
     """Tables for `symbols` uint8 (N, h, H, W), with contexts if those shorten what was held back for that question, a tenth of the images."""
     held_back = max(1, len(symbols) // HELD_BACK)
     kept, probe = (symbols[:-held_back], symbols[-held_back:]) if len(symbols) > 1 else (symbols, symbols)
-    tried = [build_tables(kept, bits, contexts) for contexts in (context_count(bits), 1)]
+    tried = [build_tables(kept, bits, model) for model in (fit_contexts(kept), None)]
     best = min(tried, key=lambda tables: sum(entropy_bits(code, tables) for code in probe))
-    return build_tables(symbols, bits, best.contexts)
+    return build_tables(symbols, bits, best.model)
 
 
 def split_network(backbone: nn.Module, example: Tensor, candidate: Candidate, plan: ChannelPlan | None = None, settings: Codec | None = None) -> CoInference:

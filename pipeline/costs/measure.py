@@ -6,6 +6,7 @@ import gc
 import io
 import itertools
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,11 +34,13 @@ from pipeline.params import Params
 from pipeline.paths import DATA_CARD, profile_file
 from pipeline.runtime import coder
 from pipeline.runtime.bundle import open_session
+from pipeline.runtime.context import fit_contexts
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import encode_image
 from pipeline.runtime.preprocess import Preprocessing
 
 CODER_BITS = 4
+CODER_CHANNELS, CODER_IMAGES = 16, 64
 
 
 @dataclass(frozen=True)
@@ -325,10 +328,13 @@ def _add_image(bench: _Bench, image_size: int) -> None:
 
 
 def _add_coder(bench: _Bench) -> None:
-    """Add coding and framing of two sizes of code, with symbols as unevenly spread as features'."""
+    """Add coding and framing of two sizes of code, with symbols as unevenly spread as features', by tables with contexts."""
     for count in bench.plan.coder_symbols:
-        symbols = np.minimum(np.random.default_rng(0).geometric(0.3, (1, 1, count)) - 1, 2**CODER_BITS - 1).astype(np.uint8)
-        tables = coder.build_tables(symbols[None], CODER_BITS)
+        channels = math.gcd(count, CODER_CHANNELS)
+        height = next(side for side in range(math.isqrt(count // channels), 0, -1) if count // channels % side == 0)
+        shape = CODER_IMAGES, channels, height, count // channels // height
+        known = np.minimum(np.random.default_rng(0).geometric(0.3, shape) - 1, 2**CODER_BITS - 1).astype(np.uint8)
+        tables, symbols = coder.build_tables(known, CODER_BITS, fit_contexts(known)), known[0]
         frame = pack(coder.encode(symbols, tables), b"\0\0\0\0", Kind.SYMBOLS)
         bench.beside[f"coder encode {count}"] = partial(_encode, symbols, tables)
         bench.beside[f"coder decode {count}"] = partial(_decode, frame, symbols.shape, tables)

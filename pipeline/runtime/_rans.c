@@ -1,5 +1,5 @@
-/* rANS over static integer tables, one a channel or, by the two neighbours coded before, several; renormalised by bytes. rans_twin.py says the same in
- * Python and gives the same bytes.
+/* rANS over static integer tables, one a channel or, by what the symbols coded before let expect, several; renormalised by bytes. rans_twin.py says the
+ * same in Python and gives the same bytes; context.py says what is expected.
  *
  * One C source for every CPython from 3.11 on (limited API). All sizes are checked before a loop starts and every index into a table
  * is masked or compared, so no payload and no table content can make it read or write out of bounds. */
@@ -12,6 +12,12 @@
 #define LOWER ((uint64_t)1 << 40) /* from the first byte on, the state stays in [LOWER, 256 * LOWER) */
 #define MAX_PRECISION 14
 #define STATE_BYTES 8
+/* As in context.py. */
+#define SHIFT 10
+#define MEANS 12
+#define SPREADS 3
+#define GROUP 32
+#define SHIFTS 5
 
 typedef struct {
     Py_ssize_t plane, levels, width, contexts, channels;
@@ -22,7 +28,7 @@ typedef struct {
 static int tables_fit(const Py_buffer *freqs, const Py_buffer *wide, Py_ssize_t wide_item, Layout *layout)
 {
     if (layout->plane < 1 || layout->levels < 1 || layout->levels > 256 || layout->precision < 1 || layout->precision > MAX_PRECISION || layout->width < 1 ||
-        layout->plane % layout->width || layout->contexts < 1 || layout->contexts > 2 * layout->levels)
+        layout->plane % layout->width || (layout->contexts != 1 && layout->contexts != MEANS * SPREADS))
         return 0;
     const Py_ssize_t rows = freqs->len / (2 * layout->levels);
     layout->channels = rows / layout->contexts;
@@ -30,34 +36,120 @@ static int tables_fit(const Py_buffer *freqs, const Py_buffer *wide, Py_ssize_t 
            layout->channels <= PY_SSIZE_T_MAX / 2 / layout->plane;
 }
 
-#define MOST_SUMS 511 /* of two symbols */
+/* Two linear predictors, of a symbol and of its distance from what is expected, from symbols and from their distances from their channel's centre.
+ * Planes have a row of zeros above and below and a column of zeros between rows, so that what lies outside is one of those; `stride` is a row and a zero. */
+typedef struct {
+    const int16_t *mean_weights, *spread_weights;
+    const int32_t *mean_rows, *mean_columns, *spread_rows, *spread_columns;
+    const uint8_t *centres;
+    int16_t *values, *distances; /* of a plane each channel */
+    uint32_t *means, *spreads;   /* what the channels before say of each place of one */
+    const int16_t *own_mean, *own_spread; /* weights of left and above there */
+    Py_ssize_t height, width, stride, padded;
+} Predictors;
 
-/* The context that each sum of two neighbours stands for: looked up, since a division takes longer than all else that is done for a symbol. */
-static void fill_contexts(uint16_t *of_sum, const Layout *layout)
+/* Sums wrap where a table is nonsense: what comes of them is held within the contexts. */
+static inline Py_ssize_t step(uint32_t sum, Py_ssize_t count)
 {
-    for (Py_ssize_t sum = 0; sum < 2 * layout->levels - 1; sum++)
-        of_sum[sum] = (uint16_t)(sum * (layout->contexts - 1) / (2 * layout->levels - 1));
+    const int32_t score = (int32_t)sum;
+    if (score < 0)
+        return 0;
+    return score >> SHIFT < count ? score >> SHIFT : count - 1;
 }
 
-/* Which of a channel's tables codes the symbol at place `index` of its plane: the last for the first one, else by the sum of the symbols to the left and
- * above, the other standing in for one that is not there. All symbols before `here` are below `levels`. */
-static inline Py_ssize_t context(const uint8_t *here, Py_ssize_t index, Py_ssize_t column, const Layout *layout, const uint16_t *of_sum)
+/* Of a channel before `channel` and one that it sees. */
+static inline Py_ssize_t pairs(Py_ssize_t channel)
 {
+    const Py_ssize_t in_group = channel % GROUP;
+    return channel / GROUP * (GROUP * (GROUP - 1) / 2) + in_group * (in_group - 1) / 2;
+}
+
+/* Checks sizes and makes the planes, all zero; nothing is made where there is one context. Sets an exception where it returns 0. */
+static int open_predictors(Predictors *it, const Py_buffer *weights, const Py_buffer *biases, const Py_buffer *centres, const Layout *layout)
+{
+    memset(it, 0, sizeof *it);
     if (layout->contexts == 1)
+        return 1;
+    const Py_ssize_t channels = layout->channels, width = layout->width, height = layout->plane / width;
+    const Py_ssize_t mean_count = SHIFTS * pairs(channels) + 2 * channels, spread_count = pairs(channels) + 2 * channels;
+    if (weights->len != 2 * (mean_count + spread_count) || biases->len / 8 != channels * (height + width) || biases->len % 8 || centres->len != channels) {
+        PyErr_SetString(PyExc_ValueError, "predictors and symbols do not fit");
         return 0;
-    if (!index)
-        return layout->contexts - 1;
-    const uint8_t left = here[column ? -1 : -layout->width], above = here[index < layout->width ? -1 : -layout->width];
-    return of_sum[left + above];
+    }
+    it->mean_weights = weights->buf;
+    it->spread_weights = it->mean_weights + mean_count;
+    it->mean_rows = biases->buf;
+    it->mean_columns = it->mean_rows + channels * height;
+    it->spread_rows = it->mean_columns + channels * width;
+    it->spread_columns = it->spread_rows + channels * height;
+    it->centres = centres->buf;
+    it->height = height, it->width = width, it->stride = width + 1;
+    it->padded = (height + 2) * it->stride + 1;
+    it->values = PyMem_Calloc((size_t)(2 * channels * it->padded), sizeof(int16_t));
+    it->means = PyMem_Calloc((size_t)(2 * height * it->stride), sizeof(uint32_t));
+    if (!it->values || !it->means) {
+        PyErr_NoMemory();
+        return 0;
+    }
+    it->distances = it->values + channels * it->padded;
+    it->spreads = it->means + height * it->stride;
+    return 1;
+}
+
+static void close_predictors(Predictors *it)
+{
+    PyMem_Free(it->values);
+    PyMem_Free(it->means);
+}
+
+static inline void enter(Predictors *it, Py_ssize_t channel, Py_ssize_t place, uint8_t symbol)
+{
+    const int away = (int)symbol - it->centres[channel];
+    it->values[channel * it->padded + it->stride + 1 + place] = symbol;
+    it->distances[channel * it->padded + it->stride + 1 + place] = (int16_t)(away < 0 ? -away : away);
+}
+
+/* Fills `means` and `spreads` with what the channels before `channel` say of its places. */
+static void expect(Predictors *it, Py_ssize_t channel)
+{
+    const Py_ssize_t places = it->height * it->stride, stride = it->stride;
+    uint32_t *restrict means = it->means, *restrict spreads = it->spreads;
+    for (Py_ssize_t row = 0; row < it->height; row++)
+        for (Py_ssize_t column = 0; column < it->width; column++) {
+            means[row * stride + column] = (uint32_t)it->mean_rows[channel * it->height + row] + (uint32_t)it->mean_columns[channel * it->width + column];
+            spreads[row * stride + column] = (uint32_t)it->spread_rows[channel * it->height + row] + (uint32_t)it->spread_columns[channel * it->width + column];
+        }
+    const int16_t *mean_weights = it->mean_weights + SHIFTS * pairs(channel) + 2 * channel;
+    const int16_t *spread_weights = it->spread_weights + pairs(channel) + 2 * channel;
+    for (Py_ssize_t earlier = channel - channel % GROUP; earlier < channel; earlier++, mean_weights += SHIFTS, spread_weights++) {
+        const int16_t *restrict at = it->values + earlier * it->padded + stride + 1, *restrict away = it->distances + earlier * it->padded + stride + 1;
+        const int32_t here = mean_weights[0], right = mean_weights[1], below = mean_weights[2], left = mean_weights[3], above = mean_weights[4];
+        const int32_t spread = spread_weights[0];
+        for (Py_ssize_t place = 0; place < places; place++) {
+            means[place] += (uint32_t)(here * at[place] + right * at[place + 1] + below * at[place + stride] + left * at[place - 1] + above * at[place - stride]);
+            spreads[place] += (uint32_t)(spread * away[place]);
+        }
+    }
+    it->own_mean = mean_weights, it->own_spread = spread_weights;
+}
+
+/* Which of its tables codes the symbol at `place` of `channel`, for which `expect` was called last; those to the left of it and above it are entered. */
+static inline Py_ssize_t context(const Predictors *it, Py_ssize_t channel, Py_ssize_t place)
+{
+    const int16_t *at = it->values + channel * it->padded + it->stride + 1 + place, *away = it->distances + channel * it->padded + it->stride + 1 + place;
+    const uint32_t mean = it->means[place] + (uint32_t)(it->own_mean[0] * at[-1] + it->own_mean[1] * at[-it->stride]);
+    const uint32_t spread = it->spreads[place] + (uint32_t)(it->own_spread[0] * away[-1] + it->own_spread[1] * away[-it->stride]);
+    return step(mean, MEANS) * SPREADS + step(spread, SPREADS);
 }
 
 static PyObject *encode(PyObject *module, PyObject *args)
 {
-    Py_buffer symbols, freqs, starts, slots;
+    Py_buffer symbols, freqs, starts, slots, weights, biases, centres;
     Layout layout;
+    Predictors predictors = {0};
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*nninn", &symbols, &freqs, &starts, &slots, &layout.plane, &layout.levels, &layout.precision, &layout.width,
-                          &layout.contexts))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*nninn", &symbols, &freqs, &starts, &slots, &weights, &biases, &centres, &layout.plane, &layout.levels,
+                          &layout.precision, &layout.width, &layout.contexts))
         return NULL;
     PyObject *payload = NULL;
     uint8_t *buffer = NULL;
@@ -78,18 +170,28 @@ static PyObject *encode(PyObject *module, PyObject *args)
             goto done;
         }
     }
+    if (!open_predictors(&predictors, &weights, &biases, &centres, &layout))
+        goto done;
+    if (layout.contexts > 1)
+        for (Py_ssize_t channel = 0, index = 0; channel < layout.channels; channel++)
+            for (Py_ssize_t row = 0; row < predictors.height; row++)
+                for (Py_ssize_t column = 0; column < layout.width; column++)
+                    enter(&predictors, channel, row * predictors.stride + column, symbol[index++]);
     uint8_t *out = buffer + capacity;
     const int precision = layout.precision;
     const uint32_t mask = ((uint32_t)1 << precision) - 1;
     const uint64_t unit = 256 * LOWER >> precision;
-    uint16_t of_sum[MOST_SUMS];
-    fill_contexts(of_sum, &layout);
     uint64_t state = 0;
     for (Py_ssize_t channel = layout.channels; channel-- > 0;) {
-        for (Py_ssize_t index = layout.plane, column = 0; index-- > 0;) {
-            column = (column ? column : layout.width) - 1;
+        if (layout.contexts > 1)
+            expect(&predictors, channel);
+        Py_ssize_t place = predictors.height * predictors.stride; /* a zero stands after every row */
+        for (Py_ssize_t index = layout.plane, column = 0; index-- > 0; column--) {
+            place--;
+            if (!column)
+                column = layout.width, place--;
             const uint8_t *here = symbol + channel * layout.plane + index;
-            const Py_ssize_t row = channel * layout.contexts + context(here, index, column, &layout, of_sum);
+            const Py_ssize_t row = channel * layout.contexts + (layout.contexts > 1 ? context(&predictors, channel, place) : 0);
             const uint16_t *freq = (const uint16_t *)freqs.buf + row * layout.levels;
             const uint16_t *start = (const uint16_t *)starts.buf + row * layout.levels;
             const uint16_t *slot = (const uint16_t *)slots.buf + (row << precision);
@@ -114,19 +216,25 @@ static PyObject *encode(PyObject *module, PyObject *args)
     payload = PyBytes_FromStringAndSize((const char *)out, buffer + capacity - out);
 done:
     PyMem_Free(buffer);
+    close_predictors(&predictors);
     PyBuffer_Release(&symbols);
     PyBuffer_Release(&freqs);
     PyBuffer_Release(&starts);
     PyBuffer_Release(&slots);
+    PyBuffer_Release(&weights);
+    PyBuffer_Release(&biases);
+    PyBuffer_Release(&centres);
     return payload;
 }
 
 static PyObject *decode(PyObject *module, PyObject *args)
 {
-    Py_buffer payload, freqs, entries;
+    Py_buffer payload, freqs, entries, weights, biases, centres;
     Layout layout;
+    Predictors predictors = {0};
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*y*nninn", &payload, &freqs, &entries, &layout.plane, &layout.levels, &layout.precision, &layout.width, &layout.contexts))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*nninn", &payload, &freqs, &entries, &weights, &biases, &centres, &layout.plane, &layout.levels,
+                          &layout.precision, &layout.width, &layout.contexts))
         return NULL;
     PyObject *symbols = NULL;
     if (!tables_fit(&freqs, &entries, 4, &layout)) {
@@ -138,19 +246,24 @@ static PyObject *decode(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "the first byte is zero");
         goto done;
     }
+    if (!open_predictors(&predictors, &weights, &biases, &centres, &layout))
+        goto done;
     symbols = PyBytes_FromStringAndSize(NULL, layout.channels * layout.plane);
     if (!symbols)
         goto done;
     uint8_t *here = (uint8_t *)PyBytes_AsString(symbols);
     const int precision = layout.precision;
     const uint32_t mask = ((uint32_t)1 << precision) - 1;
-    uint16_t of_sum[MOST_SUMS];
-    fill_contexts(of_sum, &layout);
     uint64_t state = 0;
     for (Py_ssize_t channel = 0; channel < layout.channels; channel++) {
-        for (Py_ssize_t index = 0, column = 0; index < layout.plane; index++, here++) {
-            const Py_ssize_t row = channel * layout.contexts + context(here, index, column, &layout, of_sum);
-            column = column + 1 < layout.width ? column + 1 : 0;
+        if (layout.contexts > 1)
+            expect(&predictors, channel);
+        Py_ssize_t place = -1;
+        for (Py_ssize_t index = 0, column = 0; index < layout.plane; index++, here++, column++) {
+            place++;
+            if (column == layout.width)
+                column = 0, place++;
+            const Py_ssize_t row = channel * layout.contexts + (layout.contexts > 1 ? context(&predictors, channel, place) : 0);
             const uint16_t *freq = (const uint16_t *)freqs.buf + row * layout.levels;
             const uint32_t *entry = (const uint32_t *)entries.buf + (row << precision);
             while (state < LOWER && in < end)
@@ -163,6 +276,8 @@ static PyObject *decode(PyObject *module, PyObject *args)
                 goto done;
             }
             *here = (uint8_t)s;
+            if (layout.contexts > 1)
+                enter(&predictors, channel, place, *here);
             state = (state >> precision) * freq[s] + (packed >> 8);
         }
     }
@@ -172,15 +287,19 @@ static PyObject *decode(PyObject *module, PyObject *args)
         symbols = NULL;
     }
 done:
+    close_predictors(&predictors);
     PyBuffer_Release(&payload);
     PyBuffer_Release(&freqs);
     PyBuffer_Release(&entries);
+    PyBuffer_Release(&weights);
+    PyBuffer_Release(&biases);
+    PyBuffer_Release(&centres);
     return symbols;
 }
 
 static PyMethodDef methods[] = {
-    {"encode", encode, METH_VARARGS, "encode(symbols, freqs, starts, slots, plane, levels, precision, width, contexts) -> bytes"},
-    {"decode", decode, METH_VARARGS, "decode(payload, freqs, entries, plane, levels, precision, width, contexts) -> bytes"},
+    {"encode", encode, METH_VARARGS, "encode(symbols, freqs, starts, slots, weights, biases, centres, plane, levels, precision, width, contexts) -> bytes"},
+    {"decode", decode, METH_VARARGS, "decode(payload, freqs, entries, weights, biases, centres, plane, levels, precision, width, contexts) -> bytes"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-from numpy import uint16, uint32
+from numpy import int16, int32, uint8, uint16, uint32
 from numpy.typing import NDArray
 
 def encode(
@@ -6,10 +6,25 @@ def encode(
     freqs: NDArray[uint16],
     starts: NDArray[uint16],
     slots: NDArray[uint16],
+    weights: NDArray[int16],
+    biases: NDArray[int32],
+    centres: NDArray[uint8],
     plane: int,
     levels: int,
     precision: int,
     width: int,
     contexts: int,
 ) -> bytes: ...
-def decode(payload: bytes, freqs: NDArray[uint16], entries: NDArray[uint32], plane: int, levels: int, precision: int, width: int, contexts: int) -> bytes: ...
+def decode(
+    payload: bytes,
+    freqs: NDArray[uint16],
+    entries: NDArray[uint32],
+    weights: NDArray[int16],
+    biases: NDArray[int32],
+    centres: NDArray[uint8],
+    plane: int,
+    levels: int,
+    precision: int,
+    width: int,
+    contexts: int,
+) -> bytes: ...

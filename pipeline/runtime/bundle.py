@@ -18,7 +18,7 @@ from pipeline.runtime.coder import CodecTables
 from pipeline.runtime.frame import BUNDLE_ID_BYTES
 from pipeline.runtime.preprocess import Preprocessing
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_POINTS = 256  # a byte of the payload says which
 MANIFEST = "manifest.json"
 DEVICE = "device.onnx"  # float32 images -> uint8 symbols
@@ -61,8 +61,8 @@ class Bundle:
         for name in manifest["sha256"]:
             bundle.read(name)
         for point in bundle.points if bundle.kind == "split" else ():
-            if not _channels_fit(point, bundle.code_shape[0]):
-                raise BundleError(f"{path / CODEC} has {point.channels} channels where {DEVICE} gives {bundle.code_shape[0]}; export the bundle again.")
+            if not point.fit(bundle.code_shape):
+                raise BundleError(f"{path / CODEC} is for other symbols than {DEVICE} gives, {bundle.code_shape}; export the bundle again.")
         return bundle
 
     def read(self, name: str) -> bytes:
@@ -218,17 +218,13 @@ def _shapes(name: str, model: bytes) -> dict[str, list[Any]]:
     return {"input": list(inputs[0].shape[1:]), "output": list(outputs[0].shape[1:])}
 
 
-def _channels_fit(point: CodecTables, channels: int) -> bool:
-    return point.channels <= channels if point.embedded else point.channels == channels
-
-
 def _check_fit(out: Path, shapes: Mapping[str, Mapping[str, list[Any]]], preprocessing: Preprocessing, classes: int, points: Sequence[CodecTables]) -> None:
     image = [3, preprocessing.image_size, preprocessing.image_size]
     takes = {name: shape["input"] for name, shape in shapes.items()}
     gives = {name: shape["output"] for name, shape in shapes.items()}
     code = gives.get(DEVICE, image)
     for point in points:
-        if len(code) != 3 or not _channels_fit(point, code[0]):
+        if not point.fit(tuple(code)):
             raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {point.channels} channels; build the tables from its symbols.")
     expected = {DEVICE: (image, code), EDGE: (code, [classes]), DEVICE_ONLY: (image, [classes])}
     for name in shapes:

@@ -1,4 +1,4 @@
-"""Entropy coding of integer symbols: rANS over static integer tables, one per channel or several, chosen by the neighbours coded before.
+"""Entropy coding of integer symbols: rANS over static integer tables, one per channel or several, chosen by the symbols coded before.
 
 A table spreads each symbol's slots evenly over 0 .. 2**precision - 1, the r-th slot of a symbol with frequency f lying below
 (r + 1) * 2**precision / f (earliest deadline first, always possible since the frequencies add up to 2**precision). Encoding from state 0 then
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import BundleError, FrameError
+from pipeline.runtime.context import MEANS, SPREADS, ContextModel, fit_contexts
 
 try:
     from pipeline.runtime._rans import decode as _decode
@@ -35,15 +36,15 @@ CONTEXT_PRIOR = 16.0
 COUNTED_AT_ONCE = 256  # images: a symbol takes a byte, its place in the counts eight
 MIDDLE = 128  # of what 8 bits can be
 MAX_ROWS = 1 << 16
-MAX_CONTEXTS = 32  # of a channel: more would see too few symbols each, and their tables crowd a small cache
+CONTEXTS = MEANS * SPREADS  # of a channel: more would see too few symbols each, and their tables crowd a small cache
 
 
 @dataclass(frozen=True)
 class CodecTables:
     """Static distributions of `bits`-bit symbols: rows of 2**bits integer frequencies that each add up to 2**precision.
 
-    With one context each channel has one row. With more it has `contexts` rows, of which `context_rows` says which codes a symbol. `embedded` tables are
-    for 8-bit symbols of which only the first channels' most significant `bits` are sent; what is not sent comes back as the middle of what it can be.
+    Without a `model` each channel has one row; with one it has `contexts` rows, of which the model says which codes a symbol. `embedded` tables are for
+    8-bit symbols of which only the first channels' most significant `bits` are sent; what is not sent comes back as the middle of what it can be.
 
     Raises:
         BundleError: tables no coder can use.
@@ -52,16 +53,15 @@ class CodecTables:
     bits: int
     precision: int
     freqs: tuple[tuple[int, ...], ...]
-    contexts: int = 1
+    model: ContextModel | None = None
     embedded: bool = False
 
     def __post_init__(self) -> None:
         good = 1 <= self.bits <= 8 and self.bits <= self.precision <= MAX_PRECISION and 1 <= len(self.freqs) <= MAX_ROWS
-        good = good and 1 <= self.contexts <= 2 * self.levels and len(self.freqs) % self.contexts == 0
+        good = good and (self.model is None or len(self.freqs) == CONTEXTS * len(self.model.centres))
         if not good or any(len(row) != self.levels or min(row) < 1 or sum(row) != 1 << self.precision for row in self.freqs):
             raise BundleError(
-                f"codec tables of {len(self.freqs)} rows, {self.bits} bits, {self.contexts} contexts and precision {self.precision} are not distributions; "
-                "export the bundle again."
+                f"codec tables of {len(self.freqs)} rows, {self.bits} bits and precision {self.precision} are not distributions; export the bundle again."
             )
 
     @property
@@ -69,8 +69,26 @@ class CodecTables:
         return 1 << self.bits
 
     @property
+    def contexts(self) -> int:
+        """Rows of a channel."""
+        return CONTEXTS if self.model else 1
+
+    @property
     def channels(self) -> int:
         return len(self.freqs) // self.contexts
+
+    def fit(self, shape: tuple[int, ...]) -> bool:
+        """Whether symbols of `shape` can be coded by them."""
+        plane = self.model.plane if self.model else shape[1:]
+        fits = len(shape) == 3 and min(shape) >= 1 and shape[1:] == plane
+        return fits and (shape[0] >= self.channels if self.embedded else shape[0] == self.channels)
+
+    @cached_property
+    def predictor_arrays(self) -> tuple[NDArray[np.int16], NDArray[np.int32], NDArray[np.uint8]]:
+        """Weights, biases and centres of the model, empty without one."""
+        if self.model is None:
+            return np.empty(0, np.int16), np.empty(0, np.int32), np.empty(0, np.uint8)
+        return self.model.weights, self.model.biases, self.model.centre_array
 
     @cached_property
     def freq_array(self) -> NDArray[np.uint16]:
@@ -109,7 +127,7 @@ class CodecTables:
         return ((ranks + 1) << self.precision) // row.astype(np.int64)[symbols]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "freqs": [list(row) for row in self.freqs]}
+        return {**asdict(self), "freqs": [list(row) for row in self.freqs], "model": self.model.to_dict() if self.model else None}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CodecTables:
@@ -120,34 +138,19 @@ class CodecTables:
         """
         try:
             rows = tuple(tuple(row) for row in fields["freqs"])
-            numbers = [fields["bits"], fields["precision"], fields["contexts"], *(value for row in rows for value in row)]
+            numbers = [fields["bits"], fields["precision"], *(value for row in rows for value in row)]
+            model = ContextModel.from_dict(fields["model"]) if fields["model"] is not None else None
             if any(type(value) is not int for value in numbers) or type(fields["embedded"]) is not bool:
                 raise TypeError("a value is of the wrong kind")
-            return cls(fields["bits"], fields["precision"], rows, fields["contexts"], fields["embedded"])
-        except (KeyError, TypeError) as error:
+            return cls(fields["bits"], fields["precision"], rows, model, fields["embedded"])
+        except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"codec tables cannot be used ({error!r}); export the bundle again.") from error
 
 
-def context_count(bits: int) -> int:
-    """How many contexts tables of `bits`-bit symbols can tell apart: one for each sum of two neighbours while those are few, and one for the first symbol."""
-    return min(2 << bits, MAX_CONTEXTS)
-
-
-def context_rows(symbols: NDArray[np.uint8], levels: int, contexts: int) -> NDArray[np.int64]:
-    """The row, channel*contexts + context, whose table codes each of `symbols`, uint8 (..., h, H, W): int64 of that shape.
-
-    The context is the last one for the first symbol of a channel, else (left + above) scaled to the other contexts, symbols of the same channel; at an
-    edge of the plane the neighbour that is there counts twice.
-    """
-    channel = np.arange(symbols.shape[-3])[:, None, None] * contexts
-    if contexts == 1:
-        return np.broadcast_to(channel, symbols.shape).astype(np.int64)
-    left, above = np.zeros(symbols.shape, np.int64), np.zeros(symbols.shape, np.int64)
-    left[..., 1:], above[..., 1:, :] = symbols[..., :-1], symbols[..., :-1, :]
-    left[..., 0], above[..., 0, :] = above[..., 0], left[..., 0, :]
-    context = (left + above) * (contexts - 1) // (2 * levels - 1)
-    context[..., 0, 0] = contexts - 1
-    return context + channel
+def _rows(symbols: NDArray[np.uint8], model: ContextModel | None) -> NDArray[np.int64]:
+    """The row whose table codes each of `symbols`, uint8 (N, h, H, W): int64 of that shape."""
+    channel = np.arange(symbols.shape[1])[:, None, None]
+    return np.broadcast_to(channel, symbols.shape) if model is None else model.contexts(symbols) + CONTEXTS * channel
 
 
 def build_embedded_tables(symbols: NDArray[np.uint8], channels: int, bits: int) -> CodecTables:
@@ -158,7 +161,8 @@ def build_embedded_tables(symbols: NDArray[np.uint8], channels: int, bits: int) 
     """
     if not (1 <= bits <= 8 and symbols.ndim == 4 and 1 <= channels <= symbols.shape[1]):
         raise BundleError(f"embedded tables of {channels} channels and {bits} bits cannot be built from symbols of shape {symbols.shape}; choose fewer.")
-    return replace(build_tables(_sent(symbols, channels, bits), bits, context_count(bits)), embedded=True)
+    sent = _sent(symbols, channels, bits)
+    return replace(build_tables(sent, bits, fit_contexts(sent)), embedded=True)
 
 
 def _sent(symbols: NDArray[np.uint8], channels: int, bits: int) -> NDArray[np.uint8]:
@@ -176,8 +180,8 @@ def _restored(sent: NDArray[np.uint8], shape: tuple[int, ...], bits: int) -> NDA
     return symbols
 
 
-def build_tables(symbols: NDArray[np.uint8], bits: int, contexts: int = 1) -> CodecTables:
-    """The distribution of each channel of `symbols`, uint8 (N, h, H, W), in each context, rounded to integers that lose least.
+def build_tables(symbols: NDArray[np.uint8], bits: int, model: ContextModel | None = None) -> CodecTables:
+    """The distribution of each channel of `symbols`, uint8 (N, h, H, W), in each context of `model`, rounded to integers that lose least.
 
     A channel's counts are smoothed by one for each level; those of a context by `CONTEXT_PRIOR` symbols of its channel's distribution.
 
@@ -186,17 +190,17 @@ def build_tables(symbols: NDArray[np.uint8], bits: int, contexts: int = 1) -> Co
     """
     if not 1 <= bits <= 8 or symbols.ndim != 4 or symbols.size == 0 or symbols.max() >= 1 << bits:
         raise BundleError(f"tables of {bits} bits cannot be built from symbols of shape {symbols.shape}; give (N, h, H, W) symbols below 2**bits, bits 1 to 8.")
-    levels = 1 << bits
-    precision = max(12, bits + 6) if contexts == 1 else max(10, bits + 4)  # many tables are to stay small
+    levels, contexts = 1 << bits, CONTEXTS if model else 1
+    precision = max(10, bits + 4) if model else max(12, bits + 6)  # many tables are to stay small
     rows = symbols.shape[1] * contexts
     counts = np.zeros(rows * levels, np.int64)
     for start in range(0, len(symbols), COUNTED_AT_ONCE):
         part = symbols[start : start + COUNTED_AT_ONCE]
-        counts += np.bincount((context_rows(part, levels, contexts) * levels + part).ravel(), minlength=rows * levels)
+        counts += np.bincount((_rows(part, model) * levels + part).ravel(), minlength=rows * levels)
     counts = counts.reshape(symbols.shape[1], contexts, levels)
     whole = counts.sum(1, keepdims=True) + 1
-    shares = whole if contexts == 1 else counts + CONTEXT_PRIOR * whole / whole.sum(2, keepdims=True)
-    return CodecTables(bits, precision, tuple(_rounded(row, 1 << precision) for row in shares.reshape(rows, levels)), contexts)
+    shares = whole if model is None else counts + CONTEXT_PRIOR * whole / whole.sum(2, keepdims=True)
+    return CodecTables(bits, precision, tuple(_rounded(row, 1 << precision) for row in shares.reshape(rows, levels)), model)
 
 
 def _rounded(counts: NDArray[Any], total: int) -> tuple[int, ...]:
@@ -211,10 +215,10 @@ def _rounded(counts: NDArray[Any], total: int) -> tuple[int, ...]:
 
 
 def _check_shape(shape: tuple[int, ...], tables: CodecTables) -> int:
-    fits = len(shape) == 3 and min(shape) >= 1 and (shape[0] >= tables.channels if tables.embedded else shape[0] == tables.channels)
-    if not fits:
+    if not tables.fit(shape):
+        plane = f" of {' x '.join(map(str, tables.model.plane))}" if tables.model else ""
         raise BundleError(
-            f"symbols of shape {tuple(shape)} do not fit codec tables of {tables.channels} channels; the halves and the codec do not belong together."
+            f"symbols of shape {tuple(shape)} do not fit codec tables of {tables.channels} channels{plane}; the halves and the codec do not belong together."
         )
     return shape[1] * shape[2]
 
@@ -230,7 +234,7 @@ def encode(symbols: NDArray[np.uint8], tables: CodecTables) -> bytes:
     flat = np.ascontiguousarray(sent, dtype=np.uint8).tobytes()
     try:
         arrays = tables.freq_array, tables.start_array, tables.slot_array
-        return _encode(flat, *arrays, plane, tables.levels, tables.precision, symbols.shape[2], tables.contexts)
+        return _encode(flat, *arrays, *tables.predictor_arrays, plane, tables.levels, tables.precision, symbols.shape[2], tables.contexts)
     except ValueError as error:
         raise BundleError(f"symbols do not fit codec tables of {tables.bits} bits ({error}); the device half and the codec do not belong together.") from error
 
@@ -244,7 +248,8 @@ def decode(payload: bytes, shape: tuple[int, int, int], tables: CodecTables) -> 
     """
     plane = _check_shape(shape, tables)
     try:
-        flat = _decode(payload, tables.freq_array, tables.entry_array, plane, tables.levels, tables.precision, shape[2], tables.contexts)
+        sizes = plane, tables.levels, tables.precision, shape[2], tables.contexts
+        flat = _decode(payload, tables.freq_array, tables.entry_array, *tables.predictor_arrays, *sizes)
     except ValueError as error:
         raise FrameError(f"payload of {len(payload)} bytes does not hold {math.prod(shape)} coded symbols ({error}); send the image again.") from error
     sent = np.frombuffer(flat, dtype=np.uint8).reshape(tables.channels, *shape[1:])
@@ -255,5 +260,5 @@ def entropy_bits(symbols: NDArray[np.uint8], tables: CodecTables) -> float:
     """Cross-entropy of `symbols`, uint8 (h, H, W), under the tables, in bits."""
     _check_shape(symbols.shape, tables)
     sent = _sent(symbols, tables.channels, tables.bits) if tables.embedded else symbols
-    freqs = tables.freq_array[context_rows(sent, tables.levels, tables.contexts), sent].astype(np.float64)
+    freqs = tables.freq_array[_rows(sent[None], tables.model)[0], sent].astype(np.float64)
     return float(np.sum(tables.precision - np.log2(freqs)))

@@ -68,8 +68,8 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
 
 def test_a_bundle_of_another_schema_says_so(make_bundle, monkeypatch):
     bundle = make_bundle()
-    monkeypatch.setattr("pipeline.runtime.bundle.SCHEMA_VERSION", 3)
-    with pytest.raises(BundleError, match="schema 2, this version reads 3"):
+    monkeypatch.setattr("pipeline.runtime.bundle.SCHEMA_VERSION", 4)
+    with pytest.raises(BundleError, match="schema 3, this version reads 4"):
         Bundle.load(bundle.path)
 
 

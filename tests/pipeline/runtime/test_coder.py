@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -10,26 +11,49 @@ from hypothesis.extra import numpy as npst
 
 from pipeline.errors import BundleError, FrameError
 from pipeline.runtime import coder, rans_twin
-from pipeline.runtime.coder import CodecTables, build_tables, decode, encode, entropy_bits
+from pipeline.runtime.coder import CONTEXTS, CodecTables, build_tables, decode, encode, entropy_bits
+from pipeline.runtime.context import GROUP, ContextModel, Predictor, fit_contexts
+
+
+def any_model(rng: np.random.Generator, channels: int, plane: tuple[int, int], most: int = 2_000) -> ContextModel:
+    """Predictors of weights and biases up to `most`, whose scores are all over the contexts."""
+
+    def integers(bound: int, *lengths: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(int(value) for value in rng.integers(-bound, bound + 1, length)) for length in lengths)
+
+    predictors = (
+        Predictor(
+            integers(min(most, 32_767), *(seen * (channel % GROUP) + 2 for channel in range(channels))),
+            integers(most, *[plane[0]] * channels),
+            integers(most, *[plane[1]] * channels),
+        )
+        for seen in (5, 1)
+    )
+    return ContextModel(integers(0, channels)[0], *predictors)
 
 
 @st.composite
-def tables(draw, max_channels=3):
-    """Tables as skewed as integers allow, flat ones and everything between."""
+def tables(draw, plane=None, max_channels=3):
+    """Tables as skewed as integers allow, flat ones and everything between; with a model some of many channels."""
     bits = draw(st.integers(1, 8))
     precision = draw(st.integers(max(bits, 8), 14))
-    rows = []
-    contexts = draw(st.sampled_from([1, 1, 2, min(2 << bits, 32)]))
-    for _ in range(draw(st.integers(1, max_channels)) * contexts):
-        weights = draw(npst.arrays(np.int64, 1 << bits, elements=st.integers(1, 10) | st.integers(1, 10**6)))
-        rows.append(coder._rounded(weights, 1 << precision))
-    return CodecTables(bits, precision, tuple(rows), contexts)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    channels = draw(st.integers(1, max_channels))
+    model = None
+    if draw(st.booleans()):
+        channels = draw(st.integers(1, max_channels) | st.just(GROUP + 3)) if bits <= 4 else channels
+        plane = plane or (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+        model = any_model(rng, channels, plane, draw(st.sampled_from([2_000, 2**30 - 1])))
+    drawn = draw(st.lists(npst.arrays(np.int64, 1 << bits, elements=st.integers(1, 10) | st.integers(1, 10**6)), min_size=1, max_size=4))
+    rows = [coder._rounded(drawn[index % len(drawn)], 1 << precision) for index in rng.permutation(channels * (CONTEXTS if model else 1))]
+    return CodecTables(bits, precision, tuple(rows), model)
 
 
 @st.composite
 def coded(draw):
     built = draw(tables())
-    shape = (built.channels, draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    plane = built.model.plane if built.model else (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    shape = (built.channels, *plane)
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     draws = {
@@ -63,17 +87,17 @@ def test_every_array_round_trips_and_costs_less_than_8_bits_over_the_cross_entro
 @given(coded())
 def test_the_twin_writes_the_same_bytes_and_reads_them(case):
     symbols, built = case
-    plane, sizes = symbols[0].size, (built.levels, built.precision, symbols.shape[2], built.contexts)
-    payload = rans_twin.encode(symbols.tobytes(), *flat(built), plane, *sizes)
+    sizes = (*built.predictor_arrays, symbols[0].size, built.levels, built.precision, symbols.shape[2], built.contexts)
+    payload = rans_twin.encode(symbols.tobytes(), *flat(built), *sizes)
     assert payload == encode(symbols, built)
-    assert rans_twin.decode(payload, built.freq_array, built.entry_array, plane, *sizes) == symbols.tobytes()
+    assert rans_twin.decode(payload, built.freq_array, built.entry_array, *sizes) == symbols.tobytes()
 
 
 @settings(max_examples=80, deadline=None)
-@given(tables(2), st.binary(max_size=40), st.integers(1, 5), st.integers(1, 4))
-def test_any_bytes_are_refused_or_are_the_one_encoding_of_what_they_decode_to(built, payload, height, width):
-    shape = (built.channels, height, width)
-    arguments = (built.freq_array, built.entry_array, height * width, built.levels, built.precision, width, built.contexts)
+@given(tables((4, 3), 2), st.binary(max_size=40))
+def test_any_bytes_are_refused_or_are_the_one_encoding_of_what_they_decode_to(built, payload):
+    shape = (built.channels, 4, 3)
+    arguments = (built.freq_array, built.entry_array, *built.predictor_arrays, 12, built.levels, built.precision, 3, built.contexts)
     try:
         symbols = decode(payload, shape, built)
     except FrameError:
@@ -126,6 +150,9 @@ def test_symbols_and_shapes_that_do_not_fit_the_tables_are_refused():
         encode(np.zeros((3, 3, 3), np.uint8), built)
     with pytest.raises(BundleError, match="do not fit codec tables of 2 channels"):
         decode(b"", (2, 0, 3), built)
+    modelled = build_tables(np.zeros((1, 2, 3, 3), np.uint8), 2, fit_contexts(np.zeros((1, 2, 3, 3), np.uint8)))
+    with pytest.raises(BundleError, match="do not fit codec tables of 2 channels of 3 x 3;"):
+        decode(b"", (2, 3, 4), modelled)
 
 
 def test_tables_follow_the_counts_and_never_give_a_level_nothing():
@@ -148,8 +175,7 @@ def smooth(count: int, bits: int) -> np.ndarray:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
 def test_neighbours_tell_what_to_expect(bits):
     drawn, fresh = smooth(400, bits), smooth(401, bits)[400]
-    static, conditional = build_tables(drawn, bits), build_tables(drawn, bits, coder.context_count(bits))
-    assert conditional.contexts == min(2 << bits, 32)
+    static, conditional = build_tables(drawn, bits), build_tables(drawn, bits, fit_contexts(drawn))
     assert len(encode(fresh, conditional)) < 0.85 * len(encode(fresh, static))
     assert np.array_equal(decode(encode(fresh, conditional), fresh.shape, conditional), fresh)
     assert 8 * len(encode(fresh, conditional)) < entropy_bits(fresh, conditional) + 8
@@ -178,7 +204,8 @@ def test_embedded_tables_of_more_than_there_is_are_refused(channels, bits):
 
 def test_contexts_cost_next_to_nothing_where_neighbours_tell_nothing():
     drawn = np.random.default_rng(0).choice(8, (3000, 2, 6, 6), p=np.arange(1, 9) / 36).astype(np.uint8)
-    costs = [sum(entropy_bits(image, tables) for image in drawn[2900:]) for tables in (build_tables(drawn[:2900], 3), build_tables(drawn[:2900], 3, 16))]
+    pair = build_tables(drawn[:2900], 3), build_tables(drawn[:2900], 3, fit_contexts(drawn[:2900]))
+    costs = [sum(entropy_bits(image, tables) for image in drawn[2900:]) for tables in pair]
     assert costs[1] < 1.01 * costs[0]
 
 
@@ -186,17 +213,22 @@ def test_a_context_seen_once_falls_back_to_its_channel():
     drawn = np.zeros((50, 1, 4, 4), np.uint8)
     drawn[:, :, ::2] = 1
     drawn[0] = 3
-    built = build_tables(drawn, 2, 8)
+    model = fit_contexts(drawn)
+    built = build_tables(drawn, 2, model)
     assert all(min(row) >= 1 and sum(row) == 1 << built.precision for row in built.freqs)
-    unseen = built.freqs[4]  # the sum of two neighbours is never 4
+    unseen = built.freqs[next(context for context in range(CONTEXTS) if context not in model.contexts(drawn))]
     shares = (np.bincount(drawn.ravel(), minlength=4) + 1) / (drawn.size + 4)
     assert np.array(unseen) / 1024 == pytest.approx(shares, abs=2e-3)
 
 
 def test_tables_survive_json_and_refuse_nonsense():
-    built = build_tables(np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4), 4)
-    fields = built.to_dict()
+    symbols = np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4)
+    built = build_tables(symbols, 4)
+    fields = json.loads(json.dumps(built.to_dict()))
     assert CodecTables.from_dict(fields) == built
+    modelled = build_tables(symbols, 4, fit_contexts(symbols))
+    with_model = json.loads(json.dumps(modelled.to_dict()))
+    assert CodecTables.from_dict(with_model) == modelled
     row = fields["freqs"][0]
     for change in (
         {"bits": 0},
@@ -209,13 +241,29 @@ def test_tables_survive_json_and_refuse_nonsense():
         {"freqs": [[row[0] + 1, *row[1:]]]},
         {"freqs": [["a"] * 16]},
         {"freqs": 3},
-        {"contexts": 0},
-        {"contexts": 2},
-        {"contexts": 1.0},
+        {"model": with_model["model"]},
+        {"model": {}},
+        {"model": 3},
         {"embedded": 1},
     ):
         with pytest.raises(BundleError, match="codec tables"):
             CodecTables.from_dict({**fields, **change})
+    model = with_model["model"]
+    for change in (
+        {"centres": []},
+        {"centres": [256]},
+        {"centres": [0.5]},
+        {"mean": {}},
+        {"mean": {**model["mean"], "weights": [[1]]}},
+        {"mean": {**model["mean"], "weights": [[1, 1 << 15]]}},
+        {"mean": {**model["mean"], "weights": [[1, "1"]]}},
+        {"mean": {**model["mean"], "rows": [[0] * 3]}},
+        {"mean": {**model["mean"], "rows": [[1 << 30] * 4]}},
+        {"spread": {**model["spread"], "rows": []}},
+        {"spread": {**model["spread"], "columns": [[]]}},
+    ):
+        with pytest.raises(BundleError, match="codec tables"):
+            CodecTables.from_dict({**with_model, "model": {**model, **change}})
     with pytest.raises(BundleError, match="codec tables"):
         CodecTables.from_dict({})
 
@@ -228,31 +276,42 @@ def test_tables_of_0_or_9_bits_are_refused(bits):
 
 def test_the_extension_refuses_tables_of_the_wrong_size_instead_of_reading_past_them():
     rans = pytest.importorskip("pipeline.runtime._rans")
-    built = build_tables(np.zeros((1, 2, 3, 3), np.uint8), 2)
+    symbols = np.zeros((1, 2, 3, 3), np.uint8)
+    built, modelled = build_tables(symbols, 2), build_tables(symbols, 2, fit_contexts(symbols))
     freqs, starts, slots = flat(built)
+    none = (b"", b"", b"")
     for arguments in (
-        (bytes(18), freqs[:1], starts, slots, 9, 4, 12, 3, 1),
-        (bytes(18), freqs, starts[:1], slots, 9, 4, 12, 3, 1),
-        (bytes(18), freqs, starts, slots[:1], 9, 4, 12, 3, 1),
-        (bytes(17), freqs, starts, slots, 9, 4, 12, 3, 1),
-        (bytes(18), freqs, starts, slots, 9, 4, 13, 3, 1),
-        (bytes(18), freqs, starts, slots, 9, 4, 64, 3, 1),
-        (bytes(18), freqs, starts, slots, 0, 4, 12, 3, 1),
-        (bytes(18), freqs, starts, slots, 9, 0, 12, 3, 1),
-        (bytes(18), freqs, starts, slots, 9, 4, 12, 0, 1),
-        (bytes(18), freqs, starts, slots, 9, 4, 12, 2, 1),
-        (bytes(18), freqs, starts, slots, 9, 4, 12, 3, 0),
-        (bytes(18), freqs, starts, slots, 9, 4, 12, 3, 2),
-        (bytes(18), freqs, starts, slots, 9, 4, 12, 3, 9),
-        (bytes([9] * 18), freqs, starts, slots, 9, 4, 12, 3, 1),
-        (bytes(18), np.zeros_like(freqs), starts, slots, 9, 4, 12, 3, 1),
+        (bytes(18), freqs[:1], starts, slots, *none, 9, 4, 12, 3, 1),
+        (bytes(18), freqs, starts[:1], slots, *none, 9, 4, 12, 3, 1),
+        (bytes(18), freqs, starts, slots[:1], *none, 9, 4, 12, 3, 1),
+        (bytes(17), freqs, starts, slots, *none, 9, 4, 12, 3, 1),
+        (bytes(18), freqs, starts, slots, *none, 9, 4, 13, 3, 1),
+        (bytes(18), freqs, starts, slots, *none, 9, 4, 64, 3, 1),
+        (bytes(18), freqs, starts, slots, *none, 0, 4, 12, 3, 1),
+        (bytes(18), freqs, starts, slots, *none, 9, 0, 12, 3, 1),
+        (bytes(18), freqs, starts, slots, *none, 9, 4, 12, 0, 1),
+        (bytes(18), freqs, starts, slots, *none, 9, 4, 12, 2, 1),
+        (bytes(18), freqs, starts, slots, *none, 9, 4, 12, 3, 0),
+        (bytes(18), freqs, starts, slots, *none, 9, 4, 12, 3, 2),
+        (bytes(18), freqs, starts, slots, *none, 9, 4, 12, 3, CONTEXTS),
+        (bytes([9] * 18), freqs, starts, slots, *none, 9, 4, 12, 3, 1),
+        (bytes(18), np.zeros_like(freqs), starts, slots, *none, 9, 4, 12, 3, 1),
     ):
         with pytest.raises(ValueError, match=r"fit|range"):
             rans.encode(*arguments)
     with pytest.raises(ValueError, match="fit"):
-        rans.decode(b"", freqs, built.entry_array[:1], 9, 4, 12, 3, 1)
+        rans.decode(b"", freqs, built.entry_array[:1], *none, 9, 4, 12, 3, 1)
     with pytest.raises(ValueError, match="out of range"):
-        rans.decode(b"", freqs, np.full_like(built.entry_array, 0xFFFFFFFF), 9, 4, 12, 3, 1)
+        rans.decode(b"", freqs, np.full_like(built.entry_array, 0xFFFFFFFF), *none, 9, 4, 12, 3, 1)
+    sizes = (9, 4, modelled.precision, 3, CONTEXTS)
+    for number in range(3):
+        for change in (slice(1, None), slice(0, 0)):
+            arrays = list(modelled.predictor_arrays)
+            arrays[number] = arrays[number][change]
+            with pytest.raises(ValueError, match="predictors and symbols do not fit"):
+                rans.encode(bytes(18), *flat(modelled), *arrays, *sizes)
+            with pytest.raises(ValueError, match="predictors and symbols do not fit"):
+                rans.decode(b"", modelled.freq_array, modelled.entry_array, *arrays, *sizes)
 
 
 def test_without_the_extension_the_twin_is_used():
