@@ -28,7 +28,7 @@ from benchmarks.results_file import RESULTS, ROOT, write
 from benchmarks.split_points import costs_key, reference, reference_weights
 from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
 from benchmarks.three_step_points import CUTS, SEEDS, VECTOR, chains, every_point, uncoded
-from benchmarks.three_step_training import WEIGHTS, alone
+from benchmarks.three_step_training import STATE, WEIGHTS, alone
 from benchmarks.three_step_ways import (
     EXAMPLE,
     device_only,
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further point after this long")
     parser.add_argument("--only", default="", help="only points whose name holds this")
     parser.add_argument("--seed", type=int, choices=SEEDS, default=0)
+    parser.add_argument("--trained", action="store_true", help="train nothing; measure what was trained")
     parser.add_argument("--time", action="store_true", help="train nothing; time all that was trained, and the grid of devices and links")
     arguments = parser.parse_args()
     os.chdir(ROOT / "examples/cifar10")
@@ -178,7 +179,7 @@ def main() -> None:
         """The row of `point`, which is trained unless it is known; None if time is up."""
         if point.weights not in WEIGHTS.values() and referred(point.backbone) is None:  # made of the reference
             return None
-        if (row := known()["points"].get(point.name)) or not in_time():
+        if (row := known()["points"].get(point.name)) or not in_time() or (arguments.trained and not _is_trained(point)):
             return row
         began = time.perf_counter()
         fields = asdict(point) | {"before": point.before.key() if point.before else None}
@@ -198,6 +199,10 @@ def main() -> None:
         if arguments.only in uncoded(backbone).name:
             referred(backbone)
     judge_on_test()
+
+
+def _is_trained(point: Any) -> bool:
+    return (isinstance(point, ImagePoint) and not point.epochs) or (STATE / f"{point.key()}.safetensors").exists()
 
 
 def judge_on_test() -> None:

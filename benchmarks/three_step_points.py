@@ -18,7 +18,6 @@ CUTS = {
     "resnet56": {"first": "layer1.8", "middle": "layer2.8", "last": "layer3.8"},
 }
 VECTOR = "flatten"  # of ResNet-20
-EARLY = ("layer1.0", "relu")  # cuts of it with the shortest device halves: timed, in no figure of bits
 # of the network without codec, whose first part is what codecs at the last cut start from: behind the frozen head, then all
 UNCODED = ((2, 15), (0, 3), (0, 3), (0, 3))
 EPOCHS = {"first": (2, 9), "middle": (2, 9), "last": (12, 0)}  # of a codec
@@ -29,7 +28,7 @@ FINE = {"first": CodecSpec("uniform", 16, 4, 4), "middle": CodecSpec("uniform", 
 LARGE = ((4, 3), (0, 6))  # of ResNet-56: behind the frozen head, then all, twice
 DROPPED = {"first": 0.55, "middle": 0.55, "last": 0.51}  # share of its head's MACs that go at least, so that with the encoder half are left
 PRUNING, PRUNED = 2, {"first": 3, "middle": 6, "last": 6}  # epochs in which they go, and after
-FURTHER = (0, 3)  # of a split of it that goes on from another with the next weight
+FURTHER = (0, 3)  # of a split that goes on from another with the next rate weight
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
@@ -47,9 +46,8 @@ BOTTLENETPP = {  # (stride, widths)
     "last": ((4, (8, 4, 2, 1)), (2, (2, 1))),
 }
 LARGE_RATE = {"first": (2e-4, 1.2e-4), "middle": (4e-4,), "last": (2e-2,)}  # the first of each is pruned too
-EARLY_RATE = 1.5e-4
-STRIDE_2 = CodecSpec("rate", 16, 2, 4)
-STRIDE_2_RATE = (6e-4,)
+# at cuts of ResNet-20 with the shortest device halves: timed, in no figure of bits
+EARLY_RATE = {"layer1.0": (1.5e-4,), "relu": (1.5e-4, 7e-5)}
 SEEDS = (0, 1, 2)
 
 
@@ -77,9 +75,9 @@ def _chains() -> Iterator[Sequence[Any]]:
     for where in RATE:
         for point in _rates(where):
             yield [point]
-    for cut in EARLY:
-        yield [Point("resnet20", WEIGHTS["resnet20"], cut, _rate("first", EARLY_RATE), *FINE_EPOCHS["first"])]
-    yield _others("middle", [dataclasses.replace(STRIDE_2, rate_weight=weight) for weight in STRIDE_2_RATE])
+    for cut, (weight, *further) in EARLY_RATE.items():
+        point = Point("resnet20", WEIGHTS["resnet20"], cut, _rate("first", weight), *FINE_EPOCHS["first"])
+        yield [point, *_chain(point, [_rate("first", weight) for weight in further], [FURTHER])]
     yield [_image(image_format, 100) for image_format in ("png", "webp")]
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]

@@ -11,7 +11,7 @@ from benchmarks.noise import pam, sigma
 from benchmarks.split_points import Point, epochs_of_all
 from benchmarks.three_step import cheapest_alike
 from benchmarks.three_step_figures import coder_figures, figures_of, pruning_figures
-from benchmarks.three_step_points import CUTS, EARLY, VECTOR, every_point, uncoded
+from benchmarks.three_step_points import CUTS, EARLY_RATE, VECTOR, every_point, uncoded
 from models.backbones import build_backbone
 from models.codecs import build_codec
 from models.cutting import cut_points
@@ -111,7 +111,7 @@ def test_every_point_of_a_sweep_has_a_name_of_its_own_and_a_codec_that_fits_its_
         network = build_backbone(backbone, 10, 32)
         shapes = {cut.name: cut.shape for cut in cut_points(network, torch.zeros(2, 3, 32, 32), "all")}
         mine = [uncoded(backbone), *(point for point in points if isinstance(point, Point) and point.backbone == backbone)]
-        assert {point.cut for point in mine} - {VECTOR, *EARLY} == set(cuts.values())
+        assert {point.cut for point in mine} - {VECTOR, *EARLY_RATE} == set(cuts.values())
         assert epochs_of_all(uncoded(backbone)) == max(epochs_of_all(point) for point in mine), "the reference gets as many"
         for codec, cut in {(point.codec, point.cut) for point in mine}:
             build_codec(codec, shapes[cut])
