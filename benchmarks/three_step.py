@@ -207,17 +207,21 @@ def _is_trained(point: Any) -> bool:
 
 def judge_on_test() -> None:
     """Of the points within the loss on validation, means over seeds, those that were not yet."""
-    points, raw = {point.key(): point for point in every_point()}, known()
-    found = {}
-    for row in pooled(raw["points"]):
-        best = raw["references"].get(row["point"]["backbone"])
-        for each in row["of_seeds"] if best and near(row, best) else ():
-            if "test" not in each:
-                found[each["key"]] = points[each["key"]].judged(load_split("test"))
-    with changed() as raw:
-        for row in raw["points"].values():
-            if row["key"] in found:
-                row["test"] = found[row["key"]]
+    points = {point.key(): point for point in every_point()}
+    for key in _to_be_judged(known()):
+        with alone(f"{key}-test"):
+            if key not in _to_be_judged(known()):
+                continue
+            found = points[key].judged(load_split("test"))
+            with changed() as raw:
+                for row in raw["points"].values():
+                    if row["key"] == key:
+                        row["test"] = found
+
+
+def _to_be_judged(raw: Raw) -> list[str]:
+    rows = [row for row in pooled(raw["points"]) if (best := raw["references"].get(row["point"]["backbone"])) and near(row, best)]
+    return list(dict.fromkeys(each["key"] for row in rows for each in row["of_seeds"] if "test" not in each))
 
 
 @contextmanager

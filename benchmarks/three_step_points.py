@@ -34,7 +34,7 @@ WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
 IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2)), "middle": ((32, 4, 3), (32, 4, 2)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
-    "first": (3e-4, 5e-4, 1.5e-4),
+    "first": (3e-4, 5e-4, 1.5e-4, 2.2e-4),
     "middle": (7e-4, 4e-4, 1.4e-3, 5e-4),
     "last": (1e-2, 4e-2, 8e-2, 1e-3),
 }
