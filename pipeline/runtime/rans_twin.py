@@ -8,58 +8,60 @@ The state starts at 0 and has no lower bound until the first byte leaves it, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
-
+import numpy as np
 from numpy import int16, int32, uint8, uint16, uint32
 from numpy.typing import NDArray
 
-from pipeline.runtime.context import ABOVE, GROUP, LEFT, MEANS, SHIFT, SHIFTS, SPREADS
+from pipeline.runtime.context import GROUP, MEANS, SHIFT, SHIFTS, SPREADS
 
 LOWER = 1 << 40  # from the first byte on, the state stays in [LOWER, 256 * LOWER)
 
 
 class Predictors:
-    """Says which of a channel's tables codes a symbol, from those coded before; `symbols` may be filled in meanwhile."""
+    """Says which of a channel's tables codes a symbol, from those entered before; where there is one it says 0."""
 
-    SEEN = SHIFTS, SHIFTS[:1]
+    def __init__(self, weights: NDArray[int16], biases: NDArray[int32], centres: NDArray[uint8], plane: int, width: int) -> None:
+        channels, height = len(centres), plane // width
+        self.plane, self.width, self.centres = plane, width, centres.tolist()
+        self.values = np.zeros((2, channels, height + 2, width + 2), np.int64)  # symbols, and how far from their channel's centre, in a border of zeros
+        lengths = [len(seen) * (channel % GROUP) + 2 for seen in (SHIFTS, SHIFTS[:1]) for channel in range(channels)]
+        self.weights = np.split(weights.astype(np.int64), np.cumsum(lengths)[:-1])  # of each channel for symbols, then of each for how far off
+        rows, columns = np.split(biases.astype(np.int64).reshape(2, -1), [channels * height], 1)
+        self.biases = rows.reshape(2, channels, height, 1) + columns.reshape(2, channels, 1, width)
+        self.channel = -1
+        self.scores: list[tuple[list[list[int]], int, int]] = []
 
-    def __init__(
-        self, symbols: Sequence[int], weights: NDArray[int16], biases: NDArray[int32], centres: NDArray[uint8], plane: int, width: int, contexts: int
-    ) -> None:
-        self.symbols, self.plane, self.width, self.alone = symbols, plane, width, contexts == 1
-        self.weights, self.biases, self.centres = weights.tolist(), biases.tolist(), centres.tolist()
-        counts = [len(seen) * (channel % GROUP) + 2 for seen in self.SEEN for channel in range(len(self.centres))]
-        self.starts = [0, *accumulate(counts)]  # of each channel's weights in the first part, then in the second
+    def enter(self, place: int, symbol: int) -> None:
+        if self.centres:
+            channel, index = divmod(place, self.plane)
+            row, column = divmod(index, self.width)
+            self.values[:, channel, row + 1, column + 1] = symbol, abs(symbol - self.centres[channel])
 
     def context(self, place: int) -> int:
-        """Of the symbol at `place`."""
-        if self.alone:
+        """Of the symbol at `place`; all of the channels before it are entered, and those to the left of it and above it."""
+        if not self.centres:
             return 0
         channel, index = divmod(place, self.plane)
-        steps = (self._score(channel, index, part) >> SHIFT for part in (0, 1))
-        mean, spread = (min(max(step, 0), count - 1) for step, count in zip(steps, (MEANS, SPREADS), strict=True))
-        return mean * SPREADS + spread
+        if channel != self.channel:
+            self._expect(channel)
+        row, column = divmod(index, self.width)
+        steps = []
+        for values, (scores, left, above), count in zip(self.values[:, channel], self.scores, (MEANS, SPREADS), strict=True):
+            step = (scores[row][column] + left * int(values[row + 1, column]) + above * int(values[row, column + 1])) >> SHIFT
+            steps.append(min(max(step, 0), count - 1))
+        return steps[0] * SPREADS + steps[1]
 
-    def _score(self, channel: int, index: int, part: int) -> int:
-        """Of the symbol expected (`part` 0) or of how far off that will be (1)."""
-        channels, height, (row, column) = len(self.centres), self.plane // self.width, divmod(index, self.width)
-        first, last = self.starts[part * channels + channel : part * channels + channel + 2]
-        weight = iter(self.weights[first:last])
-        start = part * channels * (height + self.width)
-        score: int = self.biases[start + channel * height + row] + self.biases[start + channels * height + channel * self.width + column]
-        for earlier in range(channel - channel % GROUP, channel):
-            for down, right in self.SEEN[part]:
-                score += next(weight) * self._value(earlier, row + down, column + right, part)
-        for down, right in (SHIFTS[LEFT], SHIFTS[ABOVE]):
-            score += next(weight) * self._value(channel, row + down, column + right, part)
-        return score
-
-    def _value(self, channel: int, row: int, column: int, part: int) -> int:
-        if not (0 <= row < self.plane // self.width and 0 <= column < self.width):
-            return 0
-        symbol = self.symbols[channel * self.plane + row * self.width + column]
-        return abs(symbol - self.centres[channel]) if part else symbol
+    def _expect(self, channel: int) -> None:
+        """Take in what the channels before `channel` say of its places."""
+        self.channel, self.scores = channel, []
+        first, (height, width) = channel - channel % GROUP, self.biases.shape[2:]
+        for part, seen in enumerate((SHIFTS, SHIFTS[:1])):
+            *of_earlier, left, above = self.weights[part * len(self.centres) + channel].tolist()
+            scores = self.biases[part, channel].copy()
+            for weights, (down, right) in zip(np.array(of_earlier, np.int64).reshape(-1, len(seen)).T, seen, strict=True):
+                planes = self.values[part, first:channel, 1 + down : 1 + down + height, 1 + right : 1 + right + width]
+                scores += np.tensordot(weights, planes, 1)
+            self.scores.append((scores.tolist(), left, above))
 
 
 def encode(
@@ -81,21 +83,23 @@ def encode(
     Raises:
         ValueError: a symbol of `levels` or more.
     """
-    freq, start, slot = freqs.ravel().tolist(), starts.ravel().tolist(), slots.ravel().tolist()
+    freq, start = freqs.tolist(), starts.tolist()
     if max(symbols) >= levels:
         raise ValueError("a symbol is out of range")
-    predictors = Predictors(symbols, weights, biases, centres, plane, width, contexts)
+    predictors = Predictors(weights, biases, centres, plane, width)
+    for place, symbol in enumerate(symbols):
+        predictors.enter(place, symbol)
     state = 0
     tail = bytearray()
     for place in range(len(symbols) - 1, -1, -1):
         row, symbol = place // plane * contexts + predictors.context(place), symbols[place]
-        f = freq[row * levels + symbol]
+        f = freq[row][symbol]
         limit = f * (256 * LOWER >> precision)
         while state >= limit:
             tail.append(state & 255)
             state >>= 8
         quotient, rank = divmod(state, f)
-        state = (quotient << precision) + slot[(row << precision) + start[row * levels + symbol] + rank]
+        state = (quotient << precision) + int(slots[row, start[row][symbol] + rank])
     return state.to_bytes((state.bit_length() + 7) // 8, "big") + bytes(reversed(tail))
 
 
@@ -119,9 +123,9 @@ def decode(
     """
     if payload[:1] == b"\0":
         raise ValueError("the first byte is zero")
-    freq, entry = freqs.ravel().tolist(), entries.ravel().tolist()
-    symbols = bytearray(len(freq) // levels // contexts * plane)
-    predictors = Predictors(symbols, weights, biases, centres, plane, width, contexts)
+    freq = freqs.tolist()
+    symbols = bytearray(len(freq) // contexts * plane)
+    predictors = Predictors(weights, biases, centres, plane, width)
     state = position = 0
     mask = (1 << precision) - 1
     for place in range(len(symbols)):
@@ -129,9 +133,10 @@ def decode(
             state = state << 8 | payload[position]
             position += 1
         row = place // plane * contexts + predictors.context(place)
-        packed = entry[(row << precision) + (state & mask)]
+        packed = int(entries[row, state & mask])
         symbols[place] = packed & 255
-        state = (state >> precision) * freq[row * levels + symbols[place]] + (packed >> 8)
+        predictors.enter(place, symbols[place])
+        state = (state >> precision) * freq[row][symbols[place]] + (packed >> 8)
     if state or position < len(payload):
         raise ValueError("bytes are left over")
     return bytes(symbols)
