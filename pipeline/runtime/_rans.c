@@ -17,7 +17,6 @@
 #define MEANS 12
 #define SPREADS 3
 #define GROUP 32
-#define SHIFTS 5
 
 typedef struct {
     Py_ssize_t plane, levels, width, contexts, channels;
@@ -36,16 +35,22 @@ static int tables_fit(const Py_buffer *freqs, const Py_buffer *wide, Py_ssize_t 
            layout->channels <= PY_SSIZE_T_MAX / 2 / layout->plane;
 }
 
-/* Two linear predictors, of a symbol and of its distance from what is expected, from symbols and from their distances from their channel's centre.
- * Planes have a row of zeros above and below and a column of zeros between rows, so that what lies outside is one of those; `stride` is a row and a zero. */
+/* Two linear predictors, of a symbol and of how far off that will be. What they see lies together: of each place the symbols of a group's channels, and
+ * those symbols' distances from their channel's centre. There is a row of zero places above and below a plane and one zero place after each row, so that
+ * what lies outside the plane is one of those; `stride` is a row with its zero. A channel's weights for those of channels not before it are zero. */
 typedef struct {
-    const int16_t *mean_weights, *spread_weights;
+    int16_t here[GROUP], right[GROUP], below[GROUP], left[GROUP], above[GROUP]; /* of other channels' symbols */
+    int16_t spread[GROUP];                                                    /* of their distances here */
+    int16_t own_left, own_above, own_spread_left, own_spread_above;
+} Weights;
+
+typedef struct {
+    const Weights *weights;
     const int32_t *mean_rows, *mean_columns, *spread_rows, *spread_columns;
     const uint8_t *centres;
-    int16_t *values, *distances; /* of a plane each channel */
-    uint32_t *means, *spreads;   /* what the channels before say of each place of one */
-    const int16_t *own_mean, *own_spread; /* weights of left and above there */
-    Py_ssize_t height, width, stride, padded;
+    int16_t *values, *distances; /* of a group's places, then of the next's */
+    int16_t *own, *own_distances; /* of one channel's places, for these are read one by one as they come */
+    Py_ssize_t height, width, stride, places, first;
 } Predictors;
 
 /* Sums wrap where a table is nonsense: what comes of them is held within the contexts. */
@@ -57,88 +62,86 @@ static inline Py_ssize_t step(uint32_t sum, Py_ssize_t count)
     return score >> SHIFT < count ? score >> SHIFT : count - 1;
 }
 
-/* Of a channel before `channel` and one that it sees. */
-static inline Py_ssize_t pairs(Py_ssize_t channel)
-{
-    const Py_ssize_t in_group = channel % GROUP;
-    return channel / GROUP * (GROUP * (GROUP - 1) / 2) + in_group * (in_group - 1) / 2;
-}
-
-/* Checks sizes and makes the planes, all zero; nothing is made where there is one context. Sets an exception where it returns 0. */
+/* Checks sizes and makes the places, all zero; nothing is made where there is one context. Sets an exception where it returns 0. */
 static int open_predictors(Predictors *it, const Py_buffer *weights, const Py_buffer *biases, const Py_buffer *centres, const Layout *layout)
 {
     memset(it, 0, sizeof *it);
     if (layout->contexts == 1)
         return 1;
     const Py_ssize_t channels = layout->channels, width = layout->width, height = layout->plane / width;
-    const Py_ssize_t mean_count = SHIFTS * pairs(channels) + 2 * channels, spread_count = pairs(channels) + 2 * channels;
-    if (weights->len != 2 * (mean_count + spread_count) || biases->len / 8 != channels * (height + width) || biases->len % 8 || centres->len != channels) {
+    if (weights->len / (Py_ssize_t)sizeof(Weights) != channels || weights->len % (Py_ssize_t)sizeof(Weights) ||
+        biases->len / 8 != channels * (height + width) || biases->len % 8 || centres->len != channels) {
         PyErr_SetString(PyExc_ValueError, "predictors and symbols do not fit");
         return 0;
     }
-    it->mean_weights = weights->buf;
-    it->spread_weights = it->mean_weights + mean_count;
+    it->weights = weights->buf;
     it->mean_rows = biases->buf;
     it->mean_columns = it->mean_rows + channels * height;
     it->spread_rows = it->mean_columns + channels * width;
     it->spread_columns = it->spread_rows + channels * height;
     it->centres = centres->buf;
-    it->height = height, it->width = width, it->stride = width + 1;
-    it->padded = (height + 2) * it->stride + 1;
-    it->values = PyMem_Calloc((size_t)(2 * channels * it->padded), sizeof(int16_t));
-    it->means = PyMem_Calloc((size_t)(2 * height * it->stride), sizeof(uint32_t));
-    if (!it->values || !it->means) {
+    it->height = height, it->width = width, it->stride = width + 1, it->first = it->stride + 1;
+    it->places = (height + 2) * it->stride + 1;
+    const Py_ssize_t lanes = ((channels - 1) / GROUP + 1) * GROUP;
+    it->values = PyMem_Calloc((size_t)(2 * it->places), (size_t)(lanes + 1) * sizeof(int16_t));
+    if (!it->values) {
         PyErr_NoMemory();
         return 0;
     }
-    it->distances = it->values + channels * it->padded;
-    it->spreads = it->means + height * it->stride;
+    it->distances = it->values + lanes * it->places;
+    it->own = it->distances + lanes * it->places;
+    it->own_distances = it->own + it->places;
     return 1;
-}
-
-static void close_predictors(Predictors *it)
-{
-    PyMem_Free(it->values);
-    PyMem_Free(it->means);
 }
 
 static inline void enter(Predictors *it, Py_ssize_t channel, Py_ssize_t place, uint8_t symbol)
 {
     const int away = (int)symbol - it->centres[channel];
-    it->values[channel * it->padded + it->stride + 1 + place] = symbol;
-    it->distances[channel * it->padded + it->stride + 1 + place] = (int16_t)(away < 0 ? -away : away);
+    it->own[it->first + place] = symbol;
+    it->own_distances[it->first + place] = (int16_t)(away < 0 ? -away : away);
 }
 
-/* Fills `means` and `spreads` with what the channels before `channel` say of its places. */
-static void expect(Predictors *it, Py_ssize_t channel)
+static void enter_all(Predictors *it, Py_ssize_t channel, const uint8_t *symbols)
 {
-    const Py_ssize_t places = it->height * it->stride, stride = it->stride;
-    uint32_t *restrict means = it->means, *restrict spreads = it->spreads;
     for (Py_ssize_t row = 0; row < it->height; row++)
-        for (Py_ssize_t column = 0; column < it->width; column++) {
-            means[row * stride + column] = (uint32_t)it->mean_rows[channel * it->height + row] + (uint32_t)it->mean_columns[channel * it->width + column];
-            spreads[row * stride + column] = (uint32_t)it->spread_rows[channel * it->height + row] + (uint32_t)it->spread_columns[channel * it->width + column];
-        }
-    const int16_t *mean_weights = it->mean_weights + SHIFTS * pairs(channel) + 2 * channel;
-    const int16_t *spread_weights = it->spread_weights + pairs(channel) + 2 * channel;
-    for (Py_ssize_t earlier = channel - channel % GROUP; earlier < channel; earlier++, mean_weights += SHIFTS, spread_weights++) {
-        const int16_t *restrict at = it->values + earlier * it->padded + stride + 1, *restrict away = it->distances + earlier * it->padded + stride + 1;
-        const int32_t here = mean_weights[0], right = mean_weights[1], below = mean_weights[2], left = mean_weights[3], above = mean_weights[4];
-        const int32_t spread = spread_weights[0];
-        for (Py_ssize_t place = 0; place < places; place++) {
-            means[place] += (uint32_t)(here * at[place] + right * at[place + 1] + below * at[place + stride] + left * at[place - 1] + above * at[place - stride]);
-            spreads[place] += (uint32_t)(spread * away[place]);
-        }
-    }
-    it->own_mean = mean_weights, it->own_spread = spread_weights;
+        for (Py_ssize_t column = 0; column < it->width; column++)
+            enter(it, channel, row * it->stride + column, *symbols++);
 }
 
-/* Which of its tables codes the symbol at `place` of `channel`, for which `expect` was called last; those to the left of it and above it are entered. */
-static inline Py_ssize_t context(const Predictors *it, Py_ssize_t channel, Py_ssize_t place)
+/* Shows a channel's symbols, all entered, to the channels after it. */
+static void publish(Predictors *it, Py_ssize_t channel)
 {
-    const int16_t *at = it->values + channel * it->padded + it->stride + 1 + place, *away = it->distances + channel * it->padded + it->stride + 1 + place;
-    const uint32_t mean = it->means[place] + (uint32_t)(it->own_mean[0] * at[-1] + it->own_mean[1] * at[-it->stride]);
-    const uint32_t spread = it->spreads[place] + (uint32_t)(it->own_spread[0] * away[-1] + it->own_spread[1] * away[-it->stride]);
+    int16_t *value = it->values + channel / GROUP * it->places * GROUP + channel % GROUP;
+    int16_t *distance = it->distances + channel / GROUP * it->places * GROUP + channel % GROUP;
+    for (Py_ssize_t place = 0; place < it->places; place++) {
+        value[place * GROUP] = it->own[place];
+        distance[place * GROUP] = it->own_distances[place];
+    }
+}
+
+static inline uint32_t dot(const int16_t *weights, const int16_t *values)
+{
+    int32_t sum = 0;
+    for (int lane = 0; lane < GROUP; lane++)
+        sum += (int32_t)weights[lane] * values[lane];
+    return (uint32_t)sum;
+}
+
+/* Which of its tables codes the symbol of `channel` at `row` and `column`; those to the left of it and above it are entered, channels before it published. */
+static inline Py_ssize_t context(const Predictors *it, Py_ssize_t channel, Py_ssize_t row, Py_ssize_t column)
+{
+    const Weights *weights = it->weights + channel;
+    const Py_ssize_t place = it->first + row * it->stride + column, group = channel / GROUP * it->places;
+    const int16_t *values = it->values + (group + place) * GROUP, *distances = it->distances + (group + place) * GROUP;
+    const int16_t *own = it->own + place, *away = it->own_distances + place;
+    const Py_ssize_t below = it->stride * GROUP, above = -it->stride;
+    const uint32_t mean = (uint32_t)it->mean_rows[channel * it->height + row] + (uint32_t)it->mean_columns[channel * it->width + column] +
+                          dot(weights->here, values) + dot(weights->right, values + GROUP) + dot(weights->below, values + below) +
+                          dot(weights->left, values - GROUP) + dot(weights->above, values - below) + (uint32_t)(weights->own_left * own[-1]) +
+                          (uint32_t)(weights->own_above * own[above]);
+    const uint32_t spread = (uint32_t)it->spread_rows[channel * it->height + row] + (uint32_t)it->spread_columns[channel * it->width + column] +
+                            dot(weights->spread, distances) + (uint32_t)(weights->own_spread_left * away[-1]) +
+                            (uint32_t)(weights->own_spread_above * away[above]);
     return step(mean, MEANS) * SPREADS + step(spread, SPREADS);
 }
 
@@ -172,26 +175,25 @@ static PyObject *encode(PyObject *module, PyObject *args)
     }
     if (!open_predictors(&predictors, &weights, &biases, &centres, &layout))
         goto done;
-    if (layout.contexts > 1)
-        for (Py_ssize_t channel = 0, index = 0; channel < layout.channels; channel++)
-            for (Py_ssize_t row = 0; row < predictors.height; row++)
-                for (Py_ssize_t column = 0; column < layout.width; column++)
-                    enter(&predictors, channel, row * predictors.stride + column, symbol[index++]);
+    const int alone = layout.contexts == 1;
+    for (Py_ssize_t channel = 0; !alone && channel < layout.channels; channel++) {
+        enter_all(&predictors, channel, symbol + channel * layout.plane);
+        publish(&predictors, channel);
+    }
     uint8_t *out = buffer + capacity;
     const int precision = layout.precision;
     const uint32_t mask = ((uint32_t)1 << precision) - 1;
     const uint64_t unit = 256 * LOWER >> precision;
     uint64_t state = 0;
     for (Py_ssize_t channel = layout.channels; channel-- > 0;) {
-        if (layout.contexts > 1)
-            expect(&predictors, channel);
-        Py_ssize_t place = predictors.height * predictors.stride; /* a zero stands after every row */
-        for (Py_ssize_t index = layout.plane, column = 0; index-- > 0; column--) {
-            place--;
+        if (!alone)
+            enter_all(&predictors, channel, symbol + channel * layout.plane);
+        for (Py_ssize_t index = layout.plane, line = layout.plane / layout.width, column = 0; index-- > 0;) {
             if (!column)
-                column = layout.width, place--;
+                column = layout.width, line--;
+            column--;
             const uint8_t *here = symbol + channel * layout.plane + index;
-            const Py_ssize_t row = channel * layout.contexts + (layout.contexts > 1 ? context(&predictors, channel, place) : 0);
+            const Py_ssize_t row = channel * layout.contexts + (alone ? 0 : context(&predictors, channel, line, column));
             const uint16_t *freq = (const uint16_t *)freqs.buf + row * layout.levels;
             const uint16_t *start = (const uint16_t *)starts.buf + row * layout.levels;
             const uint16_t *slot = (const uint16_t *)slots.buf + (row << precision);
@@ -216,7 +218,7 @@ static PyObject *encode(PyObject *module, PyObject *args)
     payload = PyBytes_FromStringAndSize((const char *)out, buffer + capacity - out);
 done:
     PyMem_Free(buffer);
-    close_predictors(&predictors);
+    PyMem_Free(predictors.values);
     PyBuffer_Release(&symbols);
     PyBuffer_Release(&freqs);
     PyBuffer_Release(&starts);
@@ -248,6 +250,7 @@ static PyObject *decode(PyObject *module, PyObject *args)
     }
     if (!open_predictors(&predictors, &weights, &biases, &centres, &layout))
         goto done;
+    const int alone = layout.contexts == 1;
     symbols = PyBytes_FromStringAndSize(NULL, layout.channels * layout.plane);
     if (!symbols)
         goto done;
@@ -256,14 +259,10 @@ static PyObject *decode(PyObject *module, PyObject *args)
     const uint32_t mask = ((uint32_t)1 << precision) - 1;
     uint64_t state = 0;
     for (Py_ssize_t channel = 0; channel < layout.channels; channel++) {
-        if (layout.contexts > 1)
-            expect(&predictors, channel);
-        Py_ssize_t place = -1;
-        for (Py_ssize_t index = 0, column = 0; index < layout.plane; index++, here++, column++) {
-            place++;
+        for (Py_ssize_t index = 0, line = 0, column = 0; index < layout.plane; index++, here++, column++) {
             if (column == layout.width)
-                column = 0, place++;
-            const Py_ssize_t row = channel * layout.contexts + (layout.contexts > 1 ? context(&predictors, channel, place) : 0);
+                column = 0, line++;
+            const Py_ssize_t row = channel * layout.contexts + (alone ? 0 : context(&predictors, channel, line, column));
             const uint16_t *freq = (const uint16_t *)freqs.buf + row * layout.levels;
             const uint32_t *entry = (const uint32_t *)entries.buf + (row << precision);
             while (state < LOWER && in < end)
@@ -276,10 +275,12 @@ static PyObject *decode(PyObject *module, PyObject *args)
                 goto done;
             }
             *here = (uint8_t)s;
-            if (layout.contexts > 1)
-                enter(&predictors, channel, place, *here);
+            if (!alone)
+                enter(&predictors, channel, line * predictors.stride + column, *here);
             state = (state >> precision) * freq[s] + (packed >> 8);
         }
+        if (!alone)
+            publish(&predictors, channel);
     }
     if (state || in < end) {
         PyErr_SetString(PyExc_ValueError, "bytes are left over");
@@ -287,7 +288,7 @@ static PyObject *decode(PyObject *module, PyObject *args)
         symbols = NULL;
     }
 done:
-    close_predictors(&predictors);
+    PyMem_Free(predictors.values);
     PyBuffer_Release(&payload);
     PyBuffer_Release(&freqs);
     PyBuffer_Release(&entries);

@@ -71,8 +71,14 @@ class ContextModel:
 
     @cached_property
     def weights(self) -> NDArray[np.int16]:
-        """Of `mean`, then of `spread`, channel after channel."""
-        return np.array([value for predictor in (self.mean, self.spread) for weights in predictor.weights for value in weights], np.int16)
+        """Of each channel (h, 6 * GROUP + 4): GROUP of `mean` for each of `SHIFTS`, GROUP of `spread`, zero for channels not seen, then those of its own."""
+        found = np.zeros((len(self.centres), len(SHIFTS) + 1, GROUP), np.int16)
+        for channel, (mean, spread) in enumerate(zip(self.mean.weights, self.spread.weights, strict=True)):
+            earlier = channel % GROUP
+            found[channel, :-1, :earlier] = np.array(mean[:-2], np.int16).reshape(earlier, len(SHIFTS)).T
+            found[channel, -1, :earlier] = spread[:-2]
+        own = [[*mean[-2:], *spread[-2:]] for mean, spread in zip(self.mean.weights, self.spread.weights, strict=True)]
+        return np.concatenate([found.reshape(len(found), -1), np.array(own, np.int16)], 1)
 
     @cached_property
     def biases(self) -> NDArray[np.int32]:

@@ -24,8 +24,7 @@ class Predictors:
         channels, height = len(centres), plane // width
         self.plane, self.width, self.centres = plane, width, centres.tolist()
         self.values = np.zeros((2, channels, height + 2, width + 2), np.int64)  # symbols, and how far from their channel's centre, in a border of zeros
-        lengths = [len(seen) * (channel % GROUP) + 2 for seen in (SHIFTS, SHIFTS[:1]) for channel in range(channels)]
-        self.weights = np.split(weights.astype(np.int64), np.cumsum(lengths)[:-1])  # of each channel for symbols, then of each for how far off
+        self.weights = weights.astype(np.int64)
         rows, columns = np.split(biases.astype(np.int64).reshape(2, -1), [channels * height], 1)
         self.biases = rows.reshape(2, channels, height, 1) + columns.reshape(2, channels, 1, width)
         self.channel = -1
@@ -54,14 +53,14 @@ class Predictors:
     def _expect(self, channel: int) -> None:
         """Take in what the channels before `channel` say of its places."""
         self.channel, self.scores = channel, []
-        first, (height, width) = channel - channel % GROUP, self.biases.shape[2:]
-        for part, seen in enumerate((SHIFTS, SHIFTS[:1])):
-            *of_earlier, left, above = self.weights[part * len(self.centres) + channel].tolist()
+        earlier, (height, width) = channel % GROUP, self.biases.shape[2:]
+        of_earlier, own = self.weights[channel, :-4].reshape(-1, GROUP)[:, :earlier], self.weights[channel, -4:].tolist()
+        for part, (seen, weights) in enumerate(((SHIFTS, of_earlier[:-1]), (SHIFTS[:1], of_earlier[-1:]))):
             scores = self.biases[part, channel].copy()
-            for weights, (down, right) in zip(np.array(of_earlier, np.int64).reshape(-1, len(seen)).T, seen, strict=True):
-                planes = self.values[part, first:channel, 1 + down : 1 + down + height, 1 + right : 1 + right + width]
-                scores += np.tensordot(weights, planes, 1)
-            self.scores.append((scores.tolist(), left, above))
+            for each, (down, right) in zip(weights, seen, strict=True):
+                planes = self.values[part, channel - earlier : channel, 1 + down : 1 + down + height, 1 + right : 1 + right + width]
+                scores += np.tensordot(each, planes, 1)
+            self.scores.append((scores.tolist(), *own[2 * part : 2 * part + 2]))
 
 
 def encode(
