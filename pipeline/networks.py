@@ -14,7 +14,7 @@ from models.coinference import CoInference, build_split
 from models.cutting import CutPoint
 from models.pruning import Pruner
 from pipeline.params import Codec
-from pipeline.runtime.coder import CodecTables, build_embedded_tables, build_tables, entropy_bits
+from pipeline.runtime.coder import CodecTables, build_embedded_tables, build_tables, entropy_bits, fits_contexts
 from pipeline.runtime.context import fit_contexts
 from pipeline.search.candidate import OUTPUT, Candidate
 
@@ -57,7 +57,13 @@ def tables_of(candidate: Candidate, symbols: NDArray[np.uint8]) -> tuple[CodecTa
 
 
 def coder_tables(symbols: NDArray[np.uint8], bits: int) -> CodecTables:
-    """Tables for `symbols` uint8 (N, h, H, W), with contexts if those shorten what was held back for that question, a tenth of the images."""
+    """Tables for `symbols` uint8 (N, h, H, W), with contexts if those shorten what was held back for that question, a tenth of the images.
+
+    Raises:
+        BundleError: no symbols, or `bits` they do not fit.
+    """
+    if not symbols.size or not fits_contexts(symbols.shape[1], bits):
+        return build_tables(symbols, bits)
     held_back = max(1, len(symbols) // HELD_BACK)
     kept, probe = (symbols[:-held_back], symbols[-held_back:]) if len(symbols) > 1 else (symbols, symbols)
     tried = [build_tables(kept, bits, model) for model in (fit_contexts(kept), None)]

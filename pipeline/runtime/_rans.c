@@ -1,5 +1,5 @@
-/* rANS over static integer tables, one a channel or, by what the symbols coded before let expect, several; renormalised by bytes. rans_twin.py says the
- * same in Python and gives the same bytes; context.py says what is expected.
+/* rANS over static integer tables, one a channel or several, chosen by what predictors make of the symbols coded before; renormalised by bytes.
+ * rans_twin.py says the same in Python and gives the same bytes; context.py says what the predictors are.
  *
  * One C source for every CPython from 3.11 on (limited API). All sizes are checked before a loop starts and every index into a table
  * is masked or compared, so no payload and no table content can make it read or write out of bounds. */
@@ -31,7 +31,7 @@ static int tables_fit(const Py_buffer *freqs, const Py_buffer *wide, Py_ssize_t 
         return 0;
     const Py_ssize_t rows = freqs->len / (2 * layout->levels);
     layout->channels = rows / layout->contexts;
-    return freqs->len == rows * 2 * layout->levels && rows == layout->channels * layout->contexts && wide->len == (rows << layout->precision) * wide_item &&
+    return layout->channels >= 1 && freqs->len == rows * 2 * layout->levels && rows == layout->channels * layout->contexts && wide->len == (rows << layout->precision) * wide_item &&
            layout->channels <= PY_SSIZE_T_MAX / 2 / layout->plane;
 }
 
@@ -53,7 +53,7 @@ typedef struct {
     Py_ssize_t height, width, stride, places, first;
 } Predictors;
 
-/* Sums wrap where a table is nonsense: what comes of them is held within the contexts. */
+/* Unsigned, since sums of weights and biases that context.py would refuse may wrap. */
 static inline Py_ssize_t step(uint32_t sum, Py_ssize_t count)
 {
     const int32_t score = (int32_t)sum;

@@ -113,7 +113,10 @@ class Bundle:
     @cached_property
     def points(self) -> tuple[CodecTables, ...]:
         """The coder's tables of each operating point, the most expensive first; most codecs have one."""
-        fields = json.loads(self.read(CODEC))
+        try:
+            fields = json.loads(self.read(CODEC))
+        except (ValueError, RecursionError):
+            fields = None
         found = fields.get("points") if isinstance(fields, dict) else None
         if not isinstance(found, list) or not 1 <= len(found) <= MAX_POINTS:
             raise BundleError(f"{self.path / CODEC} names no operating points; export the bundle again.")
@@ -153,7 +156,7 @@ def write_bundle(
     """
     contents = dict(files)
     if points:
-        contents[CODEC] = _json({"points": [point.to_dict() for point in points]})
+        contents[CODEC] = (json.dumps({"points": [point.to_dict() for point in points]}, separators=(",", ":"), sort_keys=True) + "\n").encode()
     if set(contents) != set(FILES[kind]):
         raise BundleError(f"{out}: {_an(kind)} bundle holds {', '.join(FILES[kind])}, not {', '.join(sorted(contents)) or 'nothing'}; give exactly those.")
     shapes = {name: _shapes(name, data) for name, data in sorted(files.items())}
@@ -225,7 +228,8 @@ def _check_fit(out: Path, shapes: Mapping[str, Mapping[str, list[Any]]], preproc
     code = gives.get(DEVICE, image)
     for point in points:
         if not point.fit(tuple(code)):
-            raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {point.channels} channels; build the tables from its symbols.")
+            of = f"{point.channels} channels" + (f" of {' x '.join(map(str, point.model.plane))}" if point.model else "")
+            raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {of}; build the tables from its symbols.")
     expected = {DEVICE: (image, code), EDGE: (code, [classes]), DEVICE_ONLY: (image, [classes])}
     for name in shapes:
         if (takes[name], gives[name]) != expected[name]:

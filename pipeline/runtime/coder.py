@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import BundleError, FrameError
-from pipeline.runtime.context import MEANS, SPREADS, ContextModel, fit_contexts
+from pipeline.runtime.context import CONTEXTS, ContextModel, fit_contexts
 
 try:
     from pipeline.runtime._rans import decode as _decode
@@ -35,8 +35,7 @@ MAX_PRECISION = 14
 CONTEXT_PRIOR = 16.0
 COUNTED_AT_ONCE = 256  # images: a symbol takes a byte, its place in the counts eight
 MIDDLE = 128  # of what 8 bits can be
-MAX_ROWS = 1 << 16
-CONTEXTS = MEANS * SPREADS  # of a channel: more would see too few symbols each, and their tables crowd a small cache
+MAX_SLOTS = 1 << 27  # of all rows: they take two bytes each on the device, and on the edge four more
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class CodecTables:
     embedded: bool = False
 
     def __post_init__(self) -> None:
-        good = 1 <= self.bits <= 8 and self.bits <= self.precision <= MAX_PRECISION and 1 <= len(self.freqs) <= MAX_ROWS
+        good = 1 <= self.bits <= 8 and self.bits <= self.precision <= MAX_PRECISION and 1 <= len(self.freqs) <= MAX_SLOTS >> self.precision
         good = good and (self.model is None or len(self.freqs) == CONTEXTS * len(self.model.centres))
         if not good or any(len(row) != self.levels or min(row) < 1 or sum(row) != 1 << self.precision for row in self.freqs):
             raise BundleError(
@@ -79,16 +78,13 @@ class CodecTables:
 
     def fit(self, shape: tuple[int, ...]) -> bool:
         """Whether symbols of `shape` can be coded by them."""
-        plane = self.model.plane if self.model else shape[1:]
-        fits = len(shape) == 3 and min(shape) >= 1 and shape[1:] == plane
+        fits = len(shape) == 3 and all(type(size) is int and size >= 1 for size in shape) and (self.model is None or shape[1:] == self.model.plane)
         return fits and (shape[0] >= self.channels if self.embedded else shape[0] == self.channels)
 
     @cached_property
     def predictor_arrays(self) -> tuple[NDArray[np.int16], NDArray[np.int32], NDArray[np.uint8]]:
         """Weights, biases and centres of the model, empty without one."""
-        if self.model is None:
-            return np.empty(0, np.int16), np.empty(0, np.int32), np.empty(0, np.uint8)
-        return self.model.weights, self.model.biases, self.model.centre_array
+        return self.model.arrays if self.model else (np.empty(0, np.int16), np.empty(0, np.int32), np.empty(0, np.uint8))
 
     @cached_property
     def freq_array(self) -> NDArray[np.uint16]:
@@ -104,9 +100,9 @@ class CodecTables:
     @cached_property
     def slot_array(self) -> NDArray[np.uint16]:
         """The slot of every occurrence of every symbol, uint16 (rows, 2**precision)."""
-        order = np.stack([np.argsort(self._deadlines(row), kind="stable") for row in self.freq_array])
-        slots = np.empty_like(order, dtype=np.uint16)
-        np.put_along_axis(slots, order, np.arange(order.shape[1], dtype=np.uint16)[None], axis=1)
+        slots = np.empty((len(self.freqs), 1 << self.precision), np.uint16)
+        for row, out in zip(self.freq_array, slots, strict=True):
+            out[np.argsort(self._deadlines(row), kind="stable")] = np.arange(len(out), dtype=np.uint16)
         return slots
 
     @cached_property
@@ -127,7 +123,8 @@ class CodecTables:
         return ((ranks + 1) << self.precision) // row.astype(np.int64)[symbols]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "freqs": [list(row) for row in self.freqs], "model": self.model.to_dict() if self.model else None}
+        model = self.model.to_dict() if self.model else None
+        return {"bits": self.bits, "precision": self.precision, "freqs": [list(row) for row in self.freqs], "model": model, "embedded": self.embedded}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CodecTables:
@@ -147,10 +144,19 @@ class CodecTables:
             raise BundleError(f"codec tables cannot be used ({error!r}); export the bundle again.") from error
 
 
+def fits_contexts(channels: int, bits: int) -> bool:
+    """Whether tables with contexts of as many channels are not too many."""
+    return CONTEXTS * channels <= MAX_SLOTS >> _precision(bits, contexts=True)
+
+
+def _precision(bits: int, *, contexts: bool) -> int:
+    return max(10, bits + 4) if contexts else max(12, bits + 6)  # many tables are to stay small
+
+
 def _rows(symbols: NDArray[np.uint8], model: ContextModel | None) -> NDArray[np.int64]:
     """The row whose table codes each of `symbols`, uint8 (N, h, H, W): int64 of that shape."""
     channel = np.arange(symbols.shape[1])[:, None, None]
-    return np.broadcast_to(channel, symbols.shape) if model is None else model.contexts(symbols) + CONTEXTS * channel
+    return np.broadcast_to(channel, symbols.shape) if model is None else CONTEXTS * channel + model.contexts(symbols)
 
 
 def build_embedded_tables(symbols: NDArray[np.uint8], channels: int, bits: int) -> CodecTables:
@@ -159,10 +165,10 @@ def build_embedded_tables(symbols: NDArray[np.uint8], channels: int, bits: int) 
     Raises:
         BundleError: no symbols, or `bits` or `channels` out of range.
     """
-    if not (1 <= bits <= 8 and symbols.ndim == 4 and 1 <= channels <= symbols.shape[1]):
+    if not (1 <= bits <= 8 and symbols.ndim == 4 and symbols.size and 1 <= channels <= symbols.shape[1]):
         raise BundleError(f"embedded tables of {channels} channels and {bits} bits cannot be built from symbols of shape {symbols.shape}; choose fewer.")
     sent = _sent(symbols, channels, bits)
-    return replace(build_tables(sent, bits, fit_contexts(sent)), embedded=True)
+    return replace(build_tables(sent, bits, fit_contexts(sent) if fits_contexts(channels, bits) else None), embedded=True)
 
 
 def _sent(symbols: NDArray[np.uint8], channels: int, bits: int) -> NDArray[np.uint8]:
@@ -191,7 +197,7 @@ def build_tables(symbols: NDArray[np.uint8], bits: int, model: ContextModel | No
     if not 1 <= bits <= 8 or symbols.ndim != 4 or symbols.size == 0 or symbols.max() >= 1 << bits:
         raise BundleError(f"tables of {bits} bits cannot be built from symbols of shape {symbols.shape}; give (N, h, H, W) symbols below 2**bits, bits 1 to 8.")
     levels, contexts = 1 << bits, CONTEXTS if model else 1
-    precision = max(10, bits + 4) if model else max(12, bits + 6)  # many tables are to stay small
+    precision = _precision(bits, contexts=model is not None)
     rows = symbols.shape[1] * contexts
     counts = np.zeros(rows * levels, np.int64)
     for start in range(0, len(symbols), COUNTED_AT_ONCE):

@@ -10,23 +10,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 SHIFT = 10  # binary places of a score
 MEANS, SPREADS = 12, 3  # steps of the symbol expected, and of how far off
+CONTEXTS = MEANS * SPREADS
 GROUP = 32  # channels: one sees those before it in its group, so that the work for a symbol is bounded
-SHIFTS = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))  # (down, right) of what is seen of a channel before: the same place, and right, below, left and above of it
-LEFT, ABOVE = 3, 4  # of SHIFTS: what is seen of the own channel
-FITTED_PLACES = 1 << 15
-RIDGE = 1e-2  # of a place's variance
-TAIL = 0.003  # of the scores, which lie beyond the outermost steps
-LEAST_STEP = 1 / 16
-MOST_WEIGHT, MOST_BIAS = (1 << 15) - 1, (1 << 30) - 1
+HERE, RIGHT, BELOW, LEFT, ABOVE = (0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)  # rows down and columns to the right of a symbol
+FITTED_PLACES = 1 << 15  # twice as many fit no better
+RIDGE = 1e-2  # squared symbols a place: weights of what hardly varies stay small
+TAIL = 0.003  # of the scores at either end lie beyond the outermost steps
+LEAST_STEP = 1 / 16  # symbols: a score that hardly varies is not cut finer
+COUNTED_PLACES = 1 << 14  # scored at once: more of their neighbours would not stay in the cache
+# Row, column and 31 * 5 + 2 weights times symbols of at most 255 stay below 2**31, so that C, which adds in 32 bits, agrees.
+MOST_WEIGHT, MOST_BIAS = (1 << 15) - 1, (1 << 28) - 1
 
 Matrix = NDArray[np.float64]
+
+
+class View(NamedTuple):
+    """What a predictor sees: of its own channel the places left and above, of an earlier one the first `of_earlier` of `places`."""
+
+    places: tuple[tuple[int, int], ...]
+    of_earlier: int
+    steps: int
+
+
+OF_SYMBOLS = View((HERE, RIGHT, BELOW, LEFT, ABOVE), 5, MEANS)
+OF_DISTANCES = View((HERE, LEFT, ABOVE), 1, SPREADS)
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,9 @@ class ContextModel:
     """Predictors of symbols, one plane of rows x columns a channel, and of their distance from the predicted; `centres` is each channel's rounded mean.
 
     `mean` sees symbols, `spread` how far they are from the centre of their channel.
+
+    Raises:
+        ValueError: predictors that do not fit their channels, or values out of range.
     """
 
     centres: tuple[int, ...]
@@ -55,8 +72,8 @@ class ContextModel:
     def __post_init__(self) -> None:
         channels, (height, width) = len(self.centres), self.plane
         fits = bool(channels and height and width)
-        for predictor, seen in ((self.mean, len(SHIFTS)), (self.spread, 1)):
-            lengths = [seen * (channel % GROUP) + 2 for channel in range(channels)]
+        for predictor, view in ((self.mean, OF_SYMBOLS), (self.spread, OF_DISTANCES)):
+            lengths = [view.of_earlier * (channel % GROUP) + 2 for channel in range(channels)]
             fits = fits and [len(weights) for weights in predictor.weights] == lengths
             fits = fits and [len(row) for row in predictor.rows] == [height] * channels and [len(row) for row in predictor.columns] == [width] * channels
             fits = fits and all(abs(value) <= MOST_WEIGHT for weights in predictor.weights for value in weights)
@@ -70,47 +87,46 @@ class ContextModel:
         return (len(self.mean.rows[0]), len(self.mean.columns[0])) if self.mean.rows and self.mean.columns else (0, 0)
 
     @cached_property
-    def weights(self) -> NDArray[np.int16]:
-        """Of each channel (h, 6 * GROUP + 4): GROUP of `mean` for each of `SHIFTS`, GROUP of `spread`, zero for channels not seen, then those of its own."""
-        found = np.zeros((len(self.centres), len(SHIFTS) + 1, GROUP), np.int16)
+    def arrays(self) -> tuple[NDArray[np.int16], NDArray[np.int32], NDArray[np.uint8]]:
+        """Weights, biases and centres, as the coder reads them.
+
+        Weights of each channel (h, 6 * GROUP + 4): GROUP of `mean` for each place it sees, GROUP of `spread`, zero for channels not seen, then those of its
+        own channel; biases of rows and columns of `mean`, then of `spread`, each channel after channel.
+        """
+        places = len(OF_SYMBOLS.places)
+        others = np.zeros((len(self.centres), places + 1, GROUP), np.int16)
         for channel, (mean, spread) in enumerate(zip(self.mean.weights, self.spread.weights, strict=True)):
             earlier = channel % GROUP
-            found[channel, :-1, :earlier] = np.array(mean[:-2], np.int16).reshape(earlier, len(SHIFTS)).T
-            found[channel, -1, :earlier] = spread[:-2]
+            others[channel, :-1, :earlier] = np.array(mean[:-2], np.int16).reshape(earlier, places).T
+            others[channel, -1, :earlier] = spread[:-2]
         own = [[*mean[-2:], *spread[-2:]] for mean, spread in zip(self.mean.weights, self.spread.weights, strict=True)]
-        return np.concatenate([found.reshape(len(found), -1), np.array(own, np.int16)], 1)
+        weights = np.concatenate([others.reshape(len(others), -1), np.array(own, np.int16)], 1)
+        biases = [np.array(part, np.int32).ravel() for part in (self.mean.rows, self.mean.columns, self.spread.rows, self.spread.columns)]
+        return weights, np.concatenate(biases), np.array(self.centres, np.uint8)
 
-    @cached_property
-    def biases(self) -> NDArray[np.int32]:
-        """Rows and columns of `mean`, then of `spread`, each channel after channel."""
-        parts = (self.mean.rows, self.mean.columns, self.spread.rows, self.spread.columns)
-        return np.concatenate([np.array(part, np.int32).ravel() for part in parts])
+    def contexts(self, symbols: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The context, mean * SPREADS + spread, of each of `symbols`, uint8 (N, h, H, W): of that shape."""
+        found = np.empty(symbols.shape, np.uint8)
+        at_once = max(1, COUNTED_PLACES // (symbols.shape[2] * symbols.shape[3]))
+        for start in range(0, len(symbols), at_once):
+            for group in _groups(len(self.centres)):
+                own = symbols[start : start + at_once, group]
+                away = np.abs(own.astype(np.int64) - np.array(self.centres[group])[:, None, None])
+                means = self._steps(self.mean, own, OF_SYMBOLS, group)
+                spreads = self._steps(self.spread, away, OF_DISTANCES, group)
+                found[start : start + at_once, group] = means * SPREADS + spreads
+        return found
 
-    @cached_property
-    def centre_array(self) -> NDArray[np.uint8]:
-        return np.array(self.centres, np.uint8)
-
-    def contexts(self, symbols: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """The context, mean * SPREADS + spread, of each of `symbols`, uint8 (N, h, H, W): int64 of that shape."""
-        found = []
-        for group in _groups(len(self.centres)):
-            own = symbols[:, group]
-            away = np.abs(own.astype(np.int64) - self.centre_array[group, None, None])
-            steps = [
-                np.clip(self._scores(predictor, _features(values, seen), seen, group) >> SHIFT, 0, count - 1)
-                for predictor, values, seen, count in ((self.mean, own, SHIFTS, MEANS), (self.spread, away, AWAY_SHIFTS, SPREADS))
-            ]
-            found.append((steps[0] * SPREADS + steps[1]).transpose(0, 3, 1, 2))
-        return np.concatenate(found, 1)
-
-    def _scores(self, predictor: Predictor, features: Matrix, seen: Shifts, group: slice) -> NDArray[np.int64]:
-        """(N, H, W, channels of the group). Exact: floats hold every integer below 2**53."""
-        channels = features.shape[3] // len(seen)
-        matrix = np.zeros((features.shape[3], channels))
+    def _steps(self, predictor: Predictor, values: NDArray[Any], view: View, group: slice) -> NDArray[np.int64]:
+        """(N, channels of the group, H, W). Exact: floats hold every integer below 2**53."""
+        channels = values.shape[1]
+        matrix = np.zeros((channels, len(view.places) * channels))
         for channel, weights in enumerate(predictor.weights[group]):
-            matrix[_seen(channel, channels, seen), channel] = weights
-        rows, columns = (np.array(biases[group], np.float64).T for biases in (predictor.rows, predictor.columns))
-        return (features @ matrix + rows[:, None] + columns).astype(np.int64)
+            matrix[channel, _seen(channel, channels, view)] = weights
+        rows, columns = (np.array(biases[group], np.float64) for biases in (predictor.rows, predictor.columns))
+        scores = (matrix @ _features(values, view)).reshape(values.shape) + rows[:, :, None] + columns[:, None]
+        steps: NDArray[np.int64] = np.clip(scores.astype(np.int64) >> SHIFT, 0, view.steps - 1)
+        return steps
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,10 +142,6 @@ class ContextModel:
         return cls(_integers([fields["centres"]])[0], mean, spread)
 
 
-Shifts = tuple[tuple[int, int], ...]
-AWAY_SHIFTS: Shifts = (SHIFTS[0], SHIFTS[LEFT], SHIFTS[ABOVE])
-
-
 def _integers(rows: Any) -> tuple[tuple[int, ...], ...]:
     if any(type(value) is not int for row in rows for value in row):
         raise TypeError("a value is of the wrong kind")
@@ -140,71 +152,63 @@ def _groups(channels: int) -> Iterator[slice]:
     return (slice(start, min(start + GROUP, channels)) for start in range(0, channels, GROUP))
 
 
-def _features(values: NDArray[Any], seen: Shifts) -> Matrix:
-    """What lies at each of `seen` from every place of `values` (N, h, H, W), zero outside the plane: (N, H, W, len(seen) * h), shift after shift."""
+def _features(values: NDArray[Any], view: View) -> Matrix:
+    """What is seen from every place of `values` (N, h, H, W), zero outside the plane: (N, places * h, H * W), all channels' at one place, then at the next."""
     height, width = values.shape[2:]
     padded = np.pad(values.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    shifted = [padded[:, :, 1 + down : 1 + down + height, 1 + right : 1 + right + width] for down, right in seen]
-    return np.concatenate(shifted, 1).transpose(0, 2, 3, 1)
+    moved = [padded[:, :, 1 + down : 1 + down + height, 1 + right : 1 + right + width] for down, right in view.places]
+    return np.concatenate(moved, 1).reshape(len(values), -1, height * width)
 
 
-def _seen(channel: int, channels: int, seen: Shifts) -> list[int]:
+def _seen(channel: int, channels: int, view: View) -> list[int]:
     """Which of the features of a group of `channels` the channel `channel` of it may look at, in the order of `Predictor.weights`."""
-    of_earlier = range(len(seen)) if seen is SHIFTS else (0,)
-    found = [shift * channels + earlier for earlier in range(channel) for shift in of_earlier]
-    own = [seen.index(SHIFTS[place]) for place in (LEFT, ABOVE)]
-    return [*found, *(shift * channels + channel for shift in own)]
+    found = [place * channels + earlier for earlier in range(channel) for place in range(view.of_earlier)]
+    return [*found, *(view.places.index(place) * channels + channel for place in (LEFT, ABOVE))]
 
 
 def fit_contexts(symbols: NDArray[np.uint8]) -> ContextModel:
-    """Predictors with the least squared error on the first of `symbols`, uint8 (N, h, H, W)."""
+    """Predictors with the least squared error on the first of `symbols`, uint8 (N, h, H, W), of which there must be some."""
     count, channels, height, width = symbols.shape
     some = symbols[: max(1, min(count, FITTED_PLACES // (height * width)))]
     centres = np.round(some.mean((0, 2, 3))).astype(np.int64)
-    fitted: tuple[list[_Fitted], list[_Fitted]] = ([], [])
+    means, spreads = [], []
     for group in _groups(channels):
         values = some[:, group]
-        features = _features(values, SHIFTS)
-        here = features[..., : values.shape[1]]
-        fitted[0].append(_fit(features, here, SHIFTS, MEANS))
-        off = np.abs(here - fitted[0][-1].expected)
-        away = _features(np.abs(values - centres[group, None, None]), AWAY_SHIFTS)
-        fitted[1].append(_fit(away, off, AWAY_SHIFTS, SPREADS))
-    mean, spread = (Predictor(*(tuple(row for part in parts for row in getattr(part, name)) for name in ("weights", "rows", "columns"))) for parts in fitted)
-    return ContextModel(tuple(int(centre) for centre in centres), mean, spread)
+        predictor, expected = _fit(values, values.astype(np.float64), OF_SYMBOLS)
+        means.append(predictor)
+        spreads.append(_fit(np.abs(values - centres[group, None, None]), np.abs(values - expected), OF_DISTANCES)[0])
+    return ContextModel(tuple(int(centre) for centre in centres), _joined(means), _joined(spreads))
 
 
-@dataclass
-class _Fitted:
-    weights: list[tuple[int, ...]]
-    rows: list[tuple[int, ...]]
-    columns: list[tuple[int, ...]]
-    expected: Matrix
+def _joined(groups: list[Predictor]) -> Predictor:
+    return Predictor(*(tuple(row for group in groups for row in getattr(group, part)) for part in ("weights", "rows", "columns")))
 
 
-def _fit(features: Matrix, target: Matrix, seen: Shifts, steps: int) -> _Fitted:
-    """Predictors of `target` (N, H, W, channels) from what each channel may see of `features`; scores of `steps` equal steps from tail to tail."""
-    channels = target.shape[3]
-    level, goal = _level(features), _level(target)
-    flat, aim = ((values - means.reshape(1, *values.shape[1:])).reshape(-1, values.shape[3]) for values, means in ((features, level), (target, goal)))
-    gram, cross = flat.T @ flat, flat.T @ aim
-    gram[np.diag_indices(len(gram))] += RIDGE * len(flat) + RIDGE
-    weights = np.zeros((flat.shape[1], channels))
-    for channel in range(channels):
-        chosen = _seen(channel, channels, seen)
-        weights[chosen, channel] = np.linalg.solve(gram[np.ix_(chosen, chosen)], cross[chosen, channel])
-    found = _Fitted([], [], [], (flat @ weights).reshape(target.shape) + goal)
-    lows, highs = np.quantile(found.expected, (TAIL, 1 - TAIL), axis=(0, 1, 2))
-    for channel, (low, high) in enumerate(zip(lows, highs, strict=True)):
-        chosen = _seen(channel, channels, seen)
-        unit = (1 << SHIFT) / max((high - low) / steps, LEAST_STEP)
-        whole = np.clip(np.round(unit * weights[chosen, channel]), -MOST_WEIGHT, MOST_WEIGHT)
-        bias = unit * (goal[..., channel] - low) - level[..., chosen] @ whole
-        rows, columns = bias.mean(1), bias.mean(0) - bias.mean()
-        found.weights.append(_whole(whole))
-        found.rows.append(_whole(rows))
-        found.columns.append(_whole(columns))
-    return found
+def _fit(values: NDArray[Any], target: Matrix, view: View) -> tuple[Predictor, Matrix]:
+    """The predictor of `target` (N, h, H, W) from what each channel may see of `values`, scores in equal steps from tail to tail; and what it expects."""
+    features, goal = (_by_place(part) for part in (_features(values, view).reshape(len(values), -1, *values.shape[2:]), target))
+    level, aim = _level(features), _level(goal)
+    flat, off = (part.reshape(-1, part.shape[3]) for part in (features - level, goal - aim))
+    gram, cross = flat.T @ flat, flat.T @ off
+    gram[np.diag_indices(len(gram))] += RIDGE * (len(flat) + 1)
+    channels = [_seen(channel, target.shape[1], view) for channel in range(target.shape[1])]
+    weights = np.zeros_like(cross)
+    for channel, seen in enumerate(channels):
+        weights[seen, channel] = np.linalg.solve(gram[np.ix_(seen, seen)], cross[seen, channel])
+    expected = (flat @ weights).reshape(goal.shape) + aim
+    lows, highs = np.quantile(expected, (TAIL, 1 - TAIL), axis=(0, 1, 2))
+    found: list[tuple[tuple[int, ...], ...]] = []
+    for channel, (seen, low, high) in enumerate(zip(channels, lows, highs, strict=True)):
+        unit = (1 << SHIFT) / max((high - low) / view.steps, LEAST_STEP)
+        whole = np.clip(np.round(unit * weights[seen, channel]), -MOST_WEIGHT, MOST_WEIGHT)
+        bias = unit * (aim[..., channel] - low) - level[..., seen] @ whole
+        found.append((_whole(whole), _whole(bias.mean(1)), _whole(bias.mean(0) - bias.mean())))
+    return Predictor(*zip(*found, strict=True)), expected.transpose(0, 3, 1, 2)
+
+
+def _by_place(values: Matrix) -> Matrix:
+    """(N, F, H, W) -> (N, H, W, F)."""
+    return np.ascontiguousarray(values.transpose(0, 2, 3, 1))
 
 
 def _level(values: Matrix) -> Matrix:

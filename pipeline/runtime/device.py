@@ -55,7 +55,7 @@ class DeviceHalf:
         self._whole: ort.InferenceSession | None = None
         if bundle.kind == "split":
             for tables in bundle.points:
-                _ = tables.slot_array  # derived here, not while the first image waits
+                _ = tables.start_array, tables.slot_array, tables.predictor_arrays  # derived here, not while the first image waits
         elif bundle.kind == "device-only":
             self._whole = bundle.session(DEVICE_ONLY, threads)
         self.point = point

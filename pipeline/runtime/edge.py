@@ -44,7 +44,7 @@ class EdgeHalf:
         self._expects = Kind.IMAGE if bundle.kind == "edge-only" else Kind.SYMBOLS
         if bundle.kind == "split":
             for tables in bundle.points:
-                _ = tables.entry_array  # derived here, not while the first frame waits
+                _ = tables.entry_array, tables.predictor_arrays  # derived here, not while the first frame waits
 
     def handle(self, frame: bytes) -> tuple[bytes, dict[str, float]]:
         """The reply frame to one frame, and {"decode_ms", "edge_ms"}. What cannot be answered gets an ERROR frame saying why."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy import int16, int32, uint8, uint16, uint32
 from numpy.typing import NDArray
 
-from pipeline.runtime.context import GROUP, MEANS, SHIFT, SHIFTS, SPREADS
+from pipeline.runtime.context import GROUP, OF_DISTANCES, OF_SYMBOLS, SHIFT, SPREADS
 
 LOWER = 1 << 40  # from the first byte on, the state stays in [LOWER, 256 * LOWER)
 
@@ -45,7 +45,7 @@ class Predictors:
             self._expect(channel)
         row, column = divmod(index, self.width)
         steps = []
-        for values, (scores, left, above), count in zip(self.values[:, channel], self.scores, (MEANS, SPREADS), strict=True):
+        for values, (scores, left, above), count in zip(self.values[:, channel], self.scores, (OF_SYMBOLS.steps, OF_DISTANCES.steps), strict=True):
             step = (scores[row][column] + left * int(values[row + 1, column]) + above * int(values[row, column + 1])) >> SHIFT
             steps.append(min(max(step, 0), count - 1))
         return steps[0] * SPREADS + steps[1]
@@ -55,9 +55,9 @@ class Predictors:
         self.channel, self.scores = channel, []
         earlier, (height, width) = channel % GROUP, self.biases.shape[2:]
         of_earlier, own = self.weights[channel, :-4].reshape(-1, GROUP)[:, :earlier], self.weights[channel, -4:].tolist()
-        for part, (seen, weights) in enumerate(((SHIFTS, of_earlier[:-1]), (SHIFTS[:1], of_earlier[-1:]))):
+        for part, (view, weights) in enumerate(((OF_SYMBOLS, of_earlier[:-1]), (OF_DISTANCES, of_earlier[-1:]))):
             scores = self.biases[part, channel].copy()
-            for each, (down, right) in zip(weights, seen, strict=True):
+            for each, (down, right) in zip(weights, view.places[: view.of_earlier], strict=True):
                 planes = self.values[part, channel - earlier : channel, 1 + down : 1 + down + height, 1 + right : 1 + right + width]
                 scores += np.tensordot(each, planes, 1)
             self.scores.append((scores.tolist(), *own[2 * part : 2 * part + 2]))

@@ -8,6 +8,7 @@ import pytest
 from pipeline.errors import BundleError, CoinferError
 from pipeline.runtime.bundle import CODEC, DEVICE, DEVICE_ONLY, EDGE, FILES, MANIFEST, Bundle
 from pipeline.runtime.coder import build_tables
+from pipeline.runtime.context import fit_contexts
 from pipeline.runtime.preprocess import Preprocessing
 
 
@@ -74,10 +75,11 @@ def test_a_bundle_of_another_schema_says_so(make_bundle, monkeypatch):
 
 
 def test_halves_that_do_not_fit_each_other_are_not_written(make_bundle, tmp_path):
-    three_channels = build_tables(np.zeros((1, 3, 4, 4), np.uint8), 3)
+    three_channels, other_plane = build_tables(np.zeros((1, 3, 4, 4), np.uint8), 3), np.zeros((1, 2, 9, 9), np.uint8)
     for changes, message in (
         ({"classes": ["ant", "bee"]}, rf"{DEVICE_ONLY} maps .* to \[3\]"),
         ({"points": [three_channels]}, f"{DEVICE} gives .* the codec has 3 channels"),
+        ({"points": [build_tables(other_plane, 3, fit_contexts(other_plane))]}, f"{DEVICE} gives .* the codec has .* channels of 9 x 9"),
         ({"points": []}, CODEC),
         ({"preprocessing": Preprocessing(9)}, f"{DEVICE_ONLY} maps"),
         ({"files": {DEVICE: b"", EDGE: b"", DEVICE_ONLY: b""}}, "cannot be run by ONNX Runtime"),

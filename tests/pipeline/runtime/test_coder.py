@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import constriction
 import numpy as np
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from pipeline.errors import BundleError, FrameError
+from pipeline.networks import coder_tables
 from pipeline.runtime import coder, rans_twin
-from pipeline.runtime.coder import CONTEXTS, CodecTables, build_tables, decode, encode, entropy_bits
-from pipeline.runtime.context import GROUP, ContextModel, Predictor, fit_contexts
+from pipeline.runtime.coder import CodecTables, build_tables, decode, encode, entropy_bits
+from pipeline.runtime.context import CONTEXTS, GROUP, MOST_BIAS, MOST_WEIGHT, ContextModel, Predictor, fit_contexts
 
 
 def any_model(rng: np.random.Generator, channels: int, plane: tuple[int, int], most: int = 2_000) -> ContextModel:
@@ -23,7 +25,7 @@ def any_model(rng: np.random.Generator, channels: int, plane: tuple[int, int], m
 
     predictors = (
         Predictor(
-            integers(min(most, 32_767), *(seen * (channel % GROUP) + 2 for channel in range(channels))),
+            integers(min(most, MOST_WEIGHT), *(seen * (channel % GROUP) + 2 for channel in range(channels))),
             integers(most, *[plane[0]] * channels),
             integers(most, *[plane[1]] * channels),
         )
@@ -43,7 +45,7 @@ def tables(draw, plane=None, max_channels=3):
     if draw(st.booleans()):
         channels = draw(st.integers(1, max_channels) | st.just(GROUP + 3)) if bits <= 4 else channels
         plane = plane or (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
-        model = any_model(rng, channels, plane, draw(st.sampled_from([2_000, 2**30 - 1])))
+        model = any_model(rng, channels, plane, draw(st.sampled_from([2_000, MOST_BIAS])))
     drawn = draw(st.lists(npst.arrays(np.int64, 1 << bits, elements=st.integers(1, 10) | st.integers(1, 10**6)), min_size=1, max_size=4))
     rows = [coder._rounded(drawn[index % len(drawn)], 1 << precision) for index in rng.permutation(channels * (CONTEXTS if model else 1))]
     return CodecTables(bits, precision, tuple(rows), model)
@@ -91,6 +93,23 @@ def test_the_twin_writes_the_same_bytes_and_reads_them(case):
     payload = rans_twin.encode(symbols.tobytes(), *flat(built), *sizes)
     assert payload == encode(symbols, built)
     assert rans_twin.decode(payload, built.freq_array, built.entry_array, *sizes) == symbols.tobytes()
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("channels", [1, GROUP])
+def test_the_largest_scores_a_model_can_have_do_not_wrap(channels, sign):
+    def predictor(seen: int) -> Predictor:
+        weights = tuple((sign * MOST_WEIGHT,) * (seen * (channel % GROUP) + 2) for channel in range(channels))
+        return Predictor(weights, ((sign * MOST_BIAS,) * 2,) * channels, ((sign * MOST_BIAS,) * 3,) * channels)
+
+    rng = np.random.default_rng(0)
+    model = ContextModel((0,) * channels, predictor(5), predictor(1))
+    row_of = [coder._rounded(rng.integers(1, 1000, 256), 1 << 12) for _ in range(7)]
+    built = CodecTables(8, 12, tuple(row_of[index % 7] for index in range(CONTEXTS * channels)), model)
+    symbols = rng.integers(128, 256, (channels, 2, 3)).astype(np.uint8)
+    payload = encode(symbols, built)
+    assert payload == rans_twin.encode(symbols.tobytes(), *flat(built), *built.predictor_arrays, 6, 256, 12, 3, CONTEXTS)
+    assert 8 * len(payload) < entropy_bits(symbols, built) + 8
 
 
 @settings(max_examples=80, deadline=None)
@@ -153,6 +172,8 @@ def test_symbols_and_shapes_that_do_not_fit_the_tables_are_refused():
     modelled = build_tables(np.zeros((1, 2, 3, 3), np.uint8), 2, fit_contexts(np.zeros((1, 2, 3, 3), np.uint8)))
     with pytest.raises(BundleError, match="do not fit codec tables of 2 channels of 3 x 3;"):
         decode(b"", (2, 3, 4), modelled)
+    assert built.fit((2, 3, 3))
+    assert not any(built.fit(shape) for shape in ((2, "height", None), (2, 3), (2, 3.0, 3), (2, 0, 3)))
 
 
 def test_tables_follow_the_counts_and_never_give_a_level_nothing():
@@ -194,6 +215,22 @@ def test_embedded_tables_send_the_first_channels_and_bits_and_restore_the_middle
     assert (back[channels:] == 128).all()
     assert 8 * len(payload) < entropy_bits(drawn[0], tables) + 8 < channels * bits * 25 * 1.2 + 8
     assert CodecTables.from_dict(tables.to_dict()) == tables
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (1, 3, 0, 4), (1, 0, 4, 4)])
+def test_tables_of_nothing_are_refused(shape):
+    for build in (partial(coder.build_embedded_tables, channels=1, bits=2), partial(build_tables, bits=2), partial(coder_tables, bits=2)):
+        with pytest.raises(BundleError, match="cannot be built from symbols of shape"):
+            build(np.zeros(shape, np.uint8))
+
+
+def test_more_channels_than_there_is_room_for_contexts_go_without():
+    symbols = np.random.default_rng(0).integers(0, 4, (3, 4000, 1, 1)).astype(np.uint8)
+    assert coder_tables(symbols, 2).model is None
+    wide = symbols * np.uint8(64)
+    embedded = coder.build_embedded_tables(wide, 4000, 2)
+    assert embedded.model is None
+    assert np.array_equal(decode(encode(wide[0], embedded), (4000, 1, 1), embedded) >> 6, symbols[0])
 
 
 @pytest.mark.parametrize(("channels", "bits"), [(0, 4), (4, 4), (2, 0), (2, 9)])
