@@ -159,7 +159,8 @@ def _label(row: Raw) -> str:
         return f"{point['image_format']} q{point['quality']}{', trained on it' if point['epochs'] else ''}"
     codec = point["codec"]
     rate = f" {codec['rate_weight']:g}" if codec["kind"] == "rate" else ""
-    return f"{codec['kind']}{rate} {codec['code_channels']}ch /{codec['stride']} {codec['bits']}bit"
+    pruned = f", without {point['share']:.0%} of the MACs" if point.get("share") else ""
+    return f"{codec['kind']}{rate} {codec['code_channels']}ch /{codec['stride']} {codec['bits']}bit{pruned}"
 
 
 def unpruned(rows: Iterable[Raw], pruned: Raw | None) -> Raw | None:
