@@ -31,8 +31,8 @@ static int tables_fit(const Py_buffer *freqs, const Py_buffer *wide, Py_ssize_t 
         return 0;
     const Py_ssize_t rows = freqs->len / (2 * layout->levels);
     layout->channels = rows / layout->contexts;
-    return layout->channels >= 1 && freqs->len == rows * 2 * layout->levels && rows == layout->channels * layout->contexts && wide->len == (rows << layout->precision) * wide_item &&
-           layout->channels <= PY_SSIZE_T_MAX / 2 / layout->plane;
+    return layout->channels >= 1 && freqs->len == rows * 2 * layout->levels && rows == layout->channels * layout->contexts &&
+           wide->len == (rows << layout->precision) * wide_item && layout->channels <= PY_SSIZE_T_MAX / 2 / layout->plane;
 }
 
 /* Two linear predictors, of a symbol and of how far off that will be. What they see lies together: of each place the symbols of a group's channels, and
@@ -62,10 +62,9 @@ static inline Py_ssize_t step(uint32_t sum, Py_ssize_t count)
     return score >> SHIFT < count ? score >> SHIFT : count - 1;
 }
 
-/* Checks sizes and makes the places, all zero; nothing is made where there is one context. Sets an exception where it returns 0. */
+/* Checks sizes and makes the places, all zero; leaves `it`, all zero, as it is where there is one context. Sets an exception where it returns 0. */
 static int open_predictors(Predictors *it, const Py_buffer *weights, const Py_buffer *biases, const Py_buffer *centres, const Layout *layout)
 {
-    memset(it, 0, sizeof *it);
     if (layout->contexts == 1)
         return 1;
     const Py_ssize_t channels = layout->channels, width = layout->width, height = layout->plane / width;
@@ -186,7 +185,7 @@ static PyObject *encode(PyObject *module, PyObject *args)
     const uint64_t unit = 256 * LOWER >> precision;
     uint64_t state = 0;
     for (Py_ssize_t channel = layout.channels; channel-- > 0;) {
-        if (!alone)
+        if (!alone) /* again, since there is room for the places of one channel only */
             enter_all(&predictors, channel, symbol + channel * layout.plane);
         for (Py_ssize_t index = layout.plane, line = layout.plane / layout.width, column = 0; index-- > 0;) {
             if (!column)

@@ -62,7 +62,7 @@ class Bundle:
             bundle.read(name)
         for point in bundle.points if bundle.kind == "split" else ():
             if not point.fit(bundle.code_shape):
-                raise BundleError(f"{path / CODEC} is for other symbols than {DEVICE} gives, {bundle.code_shape}; export the bundle again.")
+                raise BundleError(f"{path / CODEC} has {point.takes} where {DEVICE} gives {bundle.code_shape}; export the bundle again.")
         return bundle
 
     def read(self, name: str) -> bytes:
@@ -228,8 +228,7 @@ def _check_fit(out: Path, shapes: Mapping[str, Mapping[str, list[Any]]], preproc
     code = gives.get(DEVICE, image)
     for point in points:
         if not point.fit(tuple(code)):
-            of = f"{point.channels} channels" + (f" of {' x '.join(map(str, point.model.plane))}" if point.model else "")
-            raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {of}; build the tables from its symbols.")
+            raise BundleError(f"{out}: {DEVICE} gives symbols of shape {code}, the codec has {point.takes}; build the tables from its symbols.")
     expected = {DEVICE: (image, code), EDGE: (code, [classes]), DEVICE_ONLY: (image, [classes])}
     for name in shapes:
         if (takes[name], gives[name]) != expected[name]:

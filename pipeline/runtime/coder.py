@@ -81,6 +81,11 @@ class CodecTables:
         fits = len(shape) == 3 and all(type(size) is int and size >= 1 for size in shape) and (self.model is None or shape[1:] == self.model.plane)
         return fits and (shape[0] >= self.channels if self.embedded else shape[0] == self.channels)
 
+    @property
+    def takes(self) -> str:
+        """What they fit, in words."""
+        return f"{self.channels} channels" + (f" of {' x '.join(map(str, self.model.plane))}" if self.model else "")
+
     @cached_property
     def predictor_arrays(self) -> tuple[NDArray[np.int16], NDArray[np.int32], NDArray[np.uint8]]:
         """Weights, biases and centres of the model, empty without one."""
@@ -222,10 +227,7 @@ def _rounded(counts: NDArray[Any], total: int) -> tuple[int, ...]:
 
 def _check_shape(shape: tuple[int, ...], tables: CodecTables) -> int:
     if not tables.fit(shape):
-        plane = f" of {' x '.join(map(str, tables.model.plane))}" if tables.model else ""
-        raise BundleError(
-            f"symbols of shape {tuple(shape)} do not fit codec tables of {tables.channels} channels{plane}; the halves and the codec do not belong together."
-        )
+        raise BundleError(f"symbols of shape {tuple(shape)} do not fit codec tables of {tables.takes}; the halves and the codec do not belong together.")
     return shape[1] * shape[2]
 
 
