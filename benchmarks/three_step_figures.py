@@ -178,18 +178,17 @@ def pruning_figures(raw: Raw) -> dict[str, Any]:
     lost: dict[str, float] = {}
     rows = [row for row in raw["points"].values() if row["point"].get("prune_epochs") and row["point"]["backbone"] == "resnet56"]
     for where, cut in CUTS["resnet56"].items():
-        pruned = next((row for row in rows if row["point"]["cut"] == cut), None)
-        whole = unpruned(raw["points"].values(), pruned)
-        times = raw.get("end_to_end", {}).get("pruned", {}).get(where)
         found[f"device_speedup.{where}"] = figure(None, "ratio", "not run yet")
-        if pruned is None or whole is None:
+        pairs = [(whole, row) for row in rows if row["point"]["cut"] == cut and (whole := unpruned(raw["points"].values(), row))]
+        if not pairs:
             continue
-        data = "test" if "test" in pruned and "test" in whole else "validation"
-        lost[where] = 100 * (whole[data]["accuracy"] - pruned[data]["accuracy"])
-        ratios[where] = (pruned["head_macs"] + pruned["encoder_macs"]) / (whole["head_macs"] + whole["encoder_macs"])
-        if times:
+        data = "test" if all("test" in row for pair in pairs for row in pair) else "validation"
+        lost[where] = 100 * mean(whole[data]["accuracy"] - pruned[data]["accuracy"] for whole, pruned in pairs)
+        ratios[where] = max((pruned["head_macs"] + pruned["encoder_macs"]) / (whole["head_macs"] + whole["encoder_macs"]) for whole, pruned in pairs)
+        if times := raw.get("end_to_end", {}).get("pruned", {}).get(where):
             before, after = times.values()
-            how = f"median of the unpruned ResNet-56 half over that of the pruned one, encoder included; {lost[where]:.2f} points more lost on {data}"
+            seeds = f", mean of {len(pairs)} seeds" if len(pairs) > 1 else ""
+            how = f"median of the unpruned ResNet-56 half over that of the pruned one, encoder included; {lost[where]:.2f} points more lost on {data}{seeds}"
             found[f"device_speedup.{where}"] = figure(median(before) / median(after), "ratio", how, n=len(after))
     if set(ratios) == set(CUTS["resnet56"]):
         worst = max(ratios, key=lambda where: ratios[where])

@@ -41,8 +41,8 @@ RATE = {  # rate weights
 FINISHED_RATE = 0.04, (0.08, 0.16)  # at the last cut: the one gone on from, and those that do
 LAST_RATE = CodecSpec("rate", 16, 4, 3)
 BOTTLENETPP = {  # (stride, widths)
-    "first": ((4, (8, 4)), (8, (16, 8))),
-    "middle": ((4, (32, 16, 8)), (2, (8, 4, 2))),
+    "first": ((4, (16, 8, 4)), (8, (16, 8))),
+    "middle": ((4, (32, 16, 8)), (2, (16, 8, 4, 2))),
     "last": ((4, (8, 4, 2, 1)), (2, (2, 1))),
 }
 LARGE_RATE = {"first": (2e-4, 1.2e-4), "middle": (4e-4,), "last": (2e-2,)}  # the first of each is pruned too

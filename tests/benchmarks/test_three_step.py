@@ -129,9 +129,9 @@ def test_pam_is_exact_without_noise_and_wrong_as_often_as_theory_says(bits: int)
     assert (pam(u, bits, noise) != u).float().mean() == pytest.approx(2 * (1 - 2**-bits) * tail, abs=0.003)
 
 
-def test_a_pruned_half_is_compared_with_the_same_split_unpruned() -> None:
-    def row(cut: str, codec: dict[str, Any], prune_epochs: int, macs: float, accuracy: float) -> dict[str, Any]:
-        point = {"backbone": "resnet56", "cut": cut, "codec": codec, "seed": 0, "prune_epochs": prune_epochs}
+def test_a_pruned_half_is_compared_with_the_same_split_unpruned_in_the_mean_over_seeds() -> None:
+    def row(cut: str, codec: dict[str, Any], prune_epochs: int, macs: float, accuracy: float, seed: int = 0) -> dict[str, Any]:
+        point = {"backbone": "resnet56", "cut": cut, "codec": codec, "seed": seed, "prune_epochs": prune_epochs}
         return {"key": "", "point": point, "head_macs": macs, "encoder_macs": 10, "validation": {"accuracy": accuracy}}
 
     codec = {"kind": "rate", "bits": 4}
@@ -141,6 +141,11 @@ def test_a_pruned_half_is_compared_with_the_same_split_unpruned() -> None:
     assert ratio["value"] == pytest.approx(0.4)
     rows[-1]["validation"]["accuracy"] = 0.894
     assert pruning_figures({"points": {str(number): each for number, each in enumerate(rows)}})["device_macs_ratio"]["value"] is None
+    last = CUTS["resnet56"]["last"]
+    rows += [row(last, codec, 2, 30, 0.899, 1)]  # without its like unpruned it says nothing
+    assert pruning_figures({"points": {str(number): each for number, each in enumerate(rows)}})["device_macs_ratio"]["value"] is None
+    rows += [row(last, codec, 0, 90, 0.9, 1)]
+    assert pruning_figures({"points": {str(number): each for number, each in enumerate(rows)}})["device_macs_ratio"]["value"] == pytest.approx(0.4)
 
 
 def test_what_could_not_win_is_not_timed() -> None:
