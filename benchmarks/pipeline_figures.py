@@ -151,6 +151,7 @@ def collect(device: str, repro_s: float | None, noop_repro_s: float) -> tuple[di
         "search": {key: chosen[key] for key in ("chosen", "device_only", "edge_only", "reference_accuracy", "floor")},
         "trials": trials,
         "latency_vs_rate": rates,
+        "profiled_on": read_json(paths.device_profile, "the device profile")["machine"]["cpu"],
         "timing": {key: timing[key] for key in ("latency_ms", "raw", "images", "warmup_images", "threads")},
         "params": params.model_dump(),
     }

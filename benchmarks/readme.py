@@ -112,11 +112,13 @@ def pipeline_table(results: dict[str, Any]) -> str:
         lines.append(f"| {part.removesuffix('_ms')}, ms (median) | " + " | ".join(f"{latency[way][part]['median']:.2f}" for way in ways) + " |")
     lines.append("| predicted total, ms | " + " | ".join(f"{metrics[way]['predicted_ms']['total_ms']:.2f}" for way in ways) + " |")
     machine = results["machine"]
+    profiled = results["raw"].get("profiled_on", machine["cpu"])
+    predicted = "" if profiled == machine["cpu"] else f" Predicted times are for {profiled}, which the profile was measured on."
     took = "an unmeasured time" if figures["repro_s"] is None else f"{figures['repro_s']:.0f} s"
     lines += [
         "",
         f"A first `dvc repro` took {took}, a second one {figures['noop_repro_s']:.1f} s, on {machine['cores']} cores of {machine['cpu']} "
-        f"(commit {results['commit'][:8]}, {results['date']}, seed {', '.join(map(str, results['seeds']))}).",
+        f"(commit {results['commit'][:8]}, {results['date']}, seed {', '.join(map(str, results['seeds']))}).{predicted}",
     ]
     return "\n".join(lines)
 

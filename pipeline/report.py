@@ -28,7 +28,7 @@ def print_report(device: str) -> None:
     metrics, search = read_json(paths.metrics, "the evaluation"), read_json(paths.chosen, "the chosen candidate")
     timing = measured_times(paths, metrics)
     try:
-        tables, times = [_table(device, metrics, timing, search), *_points(metrics)], _how_timed(device, metrics, timing)
+        tables, times = [_table(device, metrics, timing, search), *_points(metrics)], [_how_timed(device, metrics, timing), *_how_predicted(paths, timing)]
     except (KeyError, TypeError, AttributeError) as error:
         raise CoinferError(
             f"{paths.metrics} or {paths.timing} lacks {error}; run `dvc repro --force --single-item evaluate@{device}` to write them again."
@@ -38,7 +38,8 @@ def print_report(device: str) -> None:
         console = Console(highlight=False, width=PLAIN_WIDTH)
     for table in tables:
         console.print(table)
-    console.print(times, soft_wrap=True)
+    for line in times:
+        console.print(line, soft_wrap=True)
     console.print(f"bundle: {paths.bundle}", soft_wrap=True)
     console.print("runs:   `make ui` opens them in MLflow", soft_wrap=True)
 
@@ -105,3 +106,11 @@ def _how_timed(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any
         return f"times:  predicted, {where}; `dvc repro --force --single-item evaluate@{device}` measures them here"
     coder = ", coder: python, build the C extension (make install)" if "split" in metrics and timing["machine"]["coder"] == "python" else ""
     return f"times:  medians of {timing['images']} images {where}{coder}"
+
+
+def _how_predicted(paths: DevicePaths, timing: Mapping[str, Any] | None) -> list[str]:
+    """A line where the measured times are of another processor than the profile, and so need not be near the predicted ones."""
+    profiled = read_json(paths.device_profile, "the device profile")["machine"]["cpu"] if paths.device_profile.exists() else None
+    if timing is None or profiled in (None, timing["machine"]["cpu"]):
+        return []
+    return [f"        on {timing['machine']['cpu']}; predicted for {profiled}, which the profile was measured on (docs/own-device.md)"]

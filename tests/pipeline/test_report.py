@@ -39,7 +39,7 @@ def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DevicePaths:
     }
     spread = {part: {"median": ms, "low": ms, "high": ms} for part, ms in TIMES.items()}
     same = {key: metrics[key] for key in ("bundle_id", "link", "slowdown", "edge_slowdown")}
-    timing = {**same, "images": 200, "machine": {"coder": "c"}, "latency_ms": dict.fromkeys(("split", "device_only", "edge_only"), spread)}
+    timing = {**same, "images": 200, "machine": {"coder": "c", "cpu": "Cortex-A76"}, "latency_ms": dict.fromkeys(("split", "device_only", "edge_only"), spread)}
     search = {"floor": 0.95, "device_only": {"feasible": False, "measurement": {"accuracy": 0.97}}, "edge_only": {"feasible": True}}
     for path in (paths.metrics, paths.chosen):
         path.parent.mkdir(parents=True)
@@ -93,9 +93,17 @@ def test_operating_points_are_shown_side_by_side(evaluated: DevicePaths, capsys:
 
 
 def test_a_coder_without_its_c_extension_is_told_beside_the_times(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluated.timing.write_text(json.dumps(json.loads(evaluated.timing.read_text()) | {"machine": {"coder": "python"}}))
+    evaluated.timing.write_text(json.dumps(json.loads(evaluated.timing.read_text()) | {"machine": {"coder": "python", "cpu": "Cortex-A76"}}))
     print_report("camera")
     assert "device slowed 20x, coder: python, build the C extension (make install)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("profiled", "told"), [("Xeon", True), ("Cortex-A76", False)])
+def test_a_profile_of_another_processor_is_told_beside_the_times(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str], profiled: str, told: bool) -> None:
+    evaluated.device_profile.parent.mkdir()
+    evaluated.device_profile.write_text(json.dumps({"machine": {"cpu": profiled}}))
+    print_report("camera")
+    assert ("on Cortex-A76; predicted for Xeon" in capsys.readouterr().out) == told
 
 
 def test_a_clone_without_measured_times_sees_predicted_ones(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
