@@ -30,7 +30,7 @@ DROPPED = {"first": 0.55, "middle": 0.55, "last": 0.51}  # share of its head's M
 PRUNING, PRUNED = 2, {"first": 3, "middle": 6, "last": 6}  # epochs in which they go, and after
 FURTHER = (0, 3)  # of a split that goes on from another with the next rate weight
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
-WHOLE_EPOCHS = 2  # of each step in which a network without a codec is pruned
+WHOLE_EPOCHS, TWO_STEP_EPOCHS = 9, 3  # of each step in which a network without a codec is pruned, to stay on the device and to be cut
 IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2)), "middle": ((32, 4, 3), (32, 4, 2)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
@@ -99,7 +99,7 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield _others("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
     yield _others("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
     yield _others("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
-    yield _whole((0.9, 0.8, 0.7))
+    yield _whole((0.9, 0.8, 0.7), WHOLE_EPOCHS)
     yield _pruned_small()
     for where, cut in CUTS["resnet56"].items():
         weight, *further = LARGE_RATE[where]
@@ -162,21 +162,21 @@ def _image(image_format: Format, quality: int, epochs: int = 0, before: ImagePoi
     return ImagePoint("resnet20", str(reference_weights(uncoded("resnet20"))), image_format, quality, epochs, before)
 
 
-def _whole(shares: Sequence[float]) -> list[PrunedPoint]:
-    """The reference pruned to stay on the device, each from what the one before left; `shares` are of the whole network's channels."""
+def _whole(shares: Sequence[float], epochs: int) -> list[PrunedPoint]:
+    """The whole reference pruned, each from what the one before left; `shares` are of its channels."""
     points: list[PrunedPoint] = []
     weights = str(reference_weights(uncoded("resnet20")))
     for share, before in zip(shares, (1.0, *shares), strict=False):
-        points.append(PrunedPoint("resnet20", weights, round(share / before, 3), WHOLE_EPOCHS, before=points[-1] if points else None))
+        points.append(PrunedPoint("resnet20", weights, round(share / before, 3), epochs, before=points[-1] if points else None))
     return points
 
 
 def _two_step() -> Iterator[list[PrunedPoint]]:
     """2-step pruning at each cut: all keep 0.8, then what crosses a half, then a half of that."""
-    first = _whole((0.9, 0.8))[-1]
+    first = _whole((0.9, 0.8), TWO_STEP_EPOCHS)[-1]
     for cut in CUTS["resnet20"].values():
-        half = PrunedPoint("resnet20", first.weights, 0.5, WHOLE_EPOCHS, cut, first)
-        yield [half, PrunedPoint("resnet20", first.weights, 0.5, WHOLE_EPOCHS, cut, half)]
+        half = PrunedPoint("resnet20", first.weights, 0.5, TWO_STEP_EPOCHS, cut, first)
+        yield [half, PrunedPoint("resnet20", first.weights, 0.5, TWO_STEP_EPOCHS, cut, half)]
 
 
 def _pruned_small() -> list[Point]:
