@@ -87,7 +87,8 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield _chain(_rates("last")[RATE["last"].index(good)], [_rate("last", weight) for weight in weights], [FINISHED])
     for where in CUTS["resnet20"]:
         for stride, widths in BOTTLENETPP[where]:
-            yield _others(where, [CodecSpec("bottlenet++", width, stride, 8) for width in widths])
+            codecs = [CodecSpec("bottlenet++", width, stride, 8) for width in widths]
+            yield _from_backbone(where, codecs) if where in FINE else _others(where, codecs)
     few = _others("last", [CodecSpec("bottlenet++", 4, 4, 8)])[0]
     yield _chain(few, [CodecSpec("bottlenet++", width, 4, 8) for width in (4, 2, 1)], [FINISHED])
     for where, codes in UNIFORM.items():
@@ -123,6 +124,11 @@ def _rates(where: str) -> list[Point]:
 
 def _others(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
     return _each(where, codecs, EPOCHS)
+
+
+def _from_backbone(where: str, codecs: Sequence[CodecSpec]) -> list[Point]:
+    """As many epochs as the fine code and a `rate` after it, all of them with the same codec."""
+    return [_chain(dataclasses.replace(_fine(where), codec=codec), [codec], [RATE_EPOCHS[where]])[0] for codec in codecs]
 
 
 def _each(where: str, codecs: Sequence[CodecSpec], epochs: dict[str, tuple[int, int]]) -> list[Point]:
