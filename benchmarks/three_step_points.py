@@ -33,6 +33,7 @@ DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS, TWO_STEP_EPOCHS = 9, 3  # of each step in which a network without a codec is pruned, to stay on the device and to be cut
 IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2)), "middle": ((32, 4, 3), (32, 4, 2)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
+CODEBOOK = {"first": ((16, 4, 4),), "middle": ((32, 4, 4), (32, 4, 3)), "last": ((12, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
     "first": (3e-4, 5e-4, 1.5e-4, 2.2e-4),
     "middle": (7e-4, 4e-4, 1.4e-3, 5e-4),
@@ -95,7 +96,7 @@ def _chains() -> Iterator[Sequence[Any]]:
         yield _others(where, [CodecSpec("uniform", *code) for code in codes])
     yield _chain(_others("last", [CodecSpec("uniform", *UNIFORM["last"][-1])])[0], [CodecSpec("uniform", *size) for size in ((8, 4, 1), (4, 4, 1))], [FINISHED])
     for where in CUTS["resnet20"]:
-        yield _others(where, [CodecSpec("codebook", *UNIFORM[where][0])])
+        yield _others(where, [CodecSpec("codebook", *code) for code in CODEBOOK[where]])
     yield _others("last", [CodecSpec("jscc-awgn", width, 4, 8, noise=(0.0562, 1.0)) for width in (16, 8, 4)])
     yield _others("last", [CodecSpec("jscc-bec", 8, 4, 8, noise=(0.01, 0.4))])
     yield _others("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
