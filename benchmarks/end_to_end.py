@@ -10,7 +10,7 @@ import multiprocessing.connection
 import socketserver
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -151,7 +151,10 @@ def total_ms(way: Way, parts: Mapping[str, float], slowdown: float, link: Link, 
 
 @dataclass(frozen=True)
 class Place:
-    """A grid point: which way was picked by prediction, the best baseline by measurement, and what both take; `real_cut` if one of ours cuts there."""
+    """A grid point: which way was picked by prediction, the best baseline by measurement, and what both take; `real_cut` if one of ours cuts there.
+
+    `cut` is what would be picked of our real cuts alone, if there are any, and `cut_device_ms` the device's part of `cut_ms`.
+    """
 
     slowdown: float
     rtt_ms: float
@@ -162,6 +165,9 @@ class Place:
     baseline: str
     baseline_ms: float
     real_cut: bool
+    cut: str | None = None
+    cut_ms: float | None = None
+    cut_device_ms: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -176,13 +182,16 @@ def grid(
     places = []
     for slowdown, rtt, rate in itertools.product(SLOWDOWNS, RTTS_MS, RATES_MBPS):
         link = Link(rate, rtt)
-
         expected = {way.name: total_ms(way, predicted[way.name], slowdown, link, classes) for way in good}
         actual = {way.name: total_ms(way, found[way.name], slowdown, link, classes) for way in good}
         pick = min(good, key=lambda way: expected[way.name])
         baseline = min((way for way in good if not way.ours), key=lambda way: actual[way.name])
         times = actual[pick.name], expected[pick.name], baseline.name, actual[baseline.name]
-        places.append(Place(slowdown, rtt, rate, pick.name, *times, pick.ours and pick.real_cut))
+        place = Place(slowdown, rtt, rate, pick.name, *times, pick.ours and pick.real_cut)
+        if cut := min((way for way in good if way.ours and way.real_cut), key=lambda way: expected[way.name], default=None):
+            on_device = slowdown * (found[cut.name]["device_ms"] + found[cut.name]["encode_ms"])
+            place = replace(place, cut=cut.name, cut_ms=actual[cut.name], cut_device_ms=on_device)
+        places.append(place)
     return places
 
 

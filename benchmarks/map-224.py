@@ -1,7 +1,7 @@
 """Where would splitting pay at 224 pixels? Latency and bytes of MobileNetV3-small and ResNet-18 at every cut; random weights, so nothing about accuracy.
 
 Images are crops of the two photographs that scikit-learn brings. One thread; slower devices and links by the formula of METHODS 4. A code counts with all its
-bits: what entropy coding saves of them only a trained network could say.
+bits: what entropy coding saves of them only a trained network could say. Every device half runs in float32 and, quantised with the crops, in int8.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 
@@ -32,11 +33,15 @@ from pipeline.errors import ModelError
 from pipeline.files import atomic_path
 from pipeline.inference import outputs
 from pipeline.onnx_export import export_onnx
+from pipeline.quantising import quantise
 from pipeline.runtime import coder
-from pipeline.runtime.images import container_bytes, encode_image
+from pipeline.runtime.images import Format, container_bytes, encode_image
+from pipeline.runtime.preprocess import Preprocessing
 
 NAME = "map-224"
 BACKBONES = ("mobilenet_v3_small", "resnet18")
+FORMATS: tuple[Format, ...] = ("webp", "jpeg", "jpeg-bare")
+IMAGE_MARKERS = {"webp": "x", "jpeg": "+", "jpeg-bare": "1"}
 CODES = ((16, 8, 2), (16, 4, 2), (32, 2, 4))  # channels, stride, bits
 QUALITIES = (75, 50, 30)
 SIZE, CLASSES = 224, 1000
@@ -56,15 +61,16 @@ def crops() -> NDArray[np.uint8]:
 
 
 def ways(name: str, images: NDArray[np.uint8]) -> Iterator[Way]:
-    """Edge-only at some qualities, device-only, and a split at every cut with every code that fits it."""
+    """Edge-only in some formats and qualities, device-only, and a split at every cut with every code that fits it."""
     torch.manual_seed(0)
     backbone = build_backbone(name, CLASSES, SIZE).eval()
     whole = export_onnx(backbone, EXAMPLE, input_name="image", output_name="logits")
     plain = Way("", 0.0, 0.0, ours=False, real_cut=False, sent="image", image_size=SIZE)
-    for quality in QUALITIES:
-        files = [encode_image(image, "webp", quality) for image in images]
-        sizes = [len(file) - container_bytes(file, "webp") for file in files]
-        yield replace(plain, name=f"{name} WebP q{quality}", frame_bytes=frame_size(sizes), edge=whole, quality=quality)
+    for image_format, quality in itertools.product(FORMATS, QUALITIES):
+        files = [encode_image(image, image_format, quality) for image in images]
+        sizes = [len(file) - container_bytes(file, image_format) for file in files]
+        label = f"{name} {image_format} q{quality}"
+        yield replace(plain, name=label, frame_bytes=frame_size(sizes), edge=whole, image_format=image_format, quality=quality)
     yield replace(plain, name=f"{name} device-only", sent="nothing", device=whole)
     for cut, (channels, stride, bits) in itertools.product(cut_points(backbone, EXAMPLE)[1:-1], CODES):
         try:
@@ -91,29 +97,46 @@ def ways(name: str, images: NDArray[np.uint8]) -> Iterator[Way]:
         )
 
 
+def in_int8(way: Way, images: NDArray[np.uint8]) -> Way:
+    """`way` with its device half in int8."""
+    assert way.device is not None
+    tensor = Preprocessing(SIZE).tensor
+    return replace(way, name=f"{way.name}, int8", device=quantise(way.device, (tensor(image[None]) for image in images)))
+
+
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """What every split asks of device and link, a panel for each backbone; edge-only and device-only as lines."""
+    """What every split asks of device and link, a panel for each backbone; edge-only as points, device-only as lines."""
     drawn = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, name in zip(drawn.subplots(1, len(BACKBONES)), BACKBONES, strict=True):
         mine = [row for row in rows if row["backbone"] == name]
-        for code in sorted({row["code"] for row in mine if row["code"]}):
-            points = [(row["ms"]["device_ms"] + row["ms"]["encode_ms"], row["frame_bytes"]) for row in mine if row["code"] == code]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=code)
+        for colour, code in enumerate(sorted({row["code"] for row in mine if row["code"]})):
+            for style, int8 in (("-", False), ("--", True)):
+                points = [_spent(row) for row in mine if (row["code"], row["int8"]) == (code, int8)]
+                axes.plot(*zip(*points, strict=True), f"C{colour}{style}", marker="o", markersize=3, linewidth=1, label=f"{code}{', int8' * int8}")
+        for image_format, marker in IMAGE_MARKERS.items():
+            points = [_spent(row) for row in mine if row["name"].startswith(f"{name} {image_format} ")]
+            axes.plot(*zip(*points, strict=True), color="black", marker=marker, linestyle="none", label=f"edge-only, {image_format}")
         for row in mine:
-            if not row["code"] and row["frame_bytes"]:
-                axes.axhline(row["frame_bytes"], color="0.5", linestyle=":", linewidth=1)
-                label = f"{row['name'].removeprefix(f'{name} ')}: {row['ms']['encode_ms']:.1f} ms"
-                axes.annotate(label, (1.01, row["frame_bytes"]), xycoords=axes.get_yaxis_transform(), va="center", fontsize="x-small")
-            elif not row["code"]:
-                axes.axvline(row["ms"]["device_ms"], color="0.5", linestyle="--", linewidth=1, label="device-only")
+            if not row["code"] and not row["frame_bytes"]:
+                style = "--" if row["int8"] else "-"
+                axes.axvline(row["ms"]["device_ms"], color="0.5", linestyle=style, linewidth=1, label=row["name"].removeprefix(f"{name} "))
         axes.set_yscale("log")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("device, ms per image (one core of this machine)")
         axes.set_ylabel("frame bytes")
         axes.set_title(f"{name}, 224 px: latency only", fontsize="medium")
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize="small")
     return drawn
+
+
+def _spent(row: dict[str, Any]) -> tuple[float, float]:
+    """(ms on the device, bytes)."""
+    return row["ms"]["device_ms"] + row["ms"]["encode_ms"], row["frame_bytes"]
 
 
 if __name__ == "__main__":
@@ -122,10 +145,12 @@ if __name__ == "__main__":
     figures: dict[str, Any] = {}
     for name in BACKBONES:
         every = list(ways(name, images))
+        every += [in_int8(way, images) for way in every if way.device]
         times = {way: medians(parts) for way, parts in time_parts(every, images[:4], ROUNDS).items()}
         for way in every:
-            code = " ".join(way.name.split()[2:]) if way.real_cut else ""
-            rows.append({"backbone": name, "name": way.name, "code": code, "frame_bytes": way.frame_bytes, "ms": times[way.name]})
+            plain, _, precision = way.name.partition(", ")
+            code = " ".join(plain.split()[2:]) if way.real_cut else ""
+            rows.append({"backbone": name, "name": way.name, "code": code, "int8": bool(precision), "frame_bytes": way.frame_bytes, "ms": times[way.name]})
         for slowdown in SLOWDOWNS:
             best = (0.0, "")
             for rate in RATES_MBPS:

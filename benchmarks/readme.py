@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.end_to_end import RATES_MBPS, RTTS_MS, SLOWDOWNS
 from benchmarks.results_file import RESULTS, ROOT, track
 from benchmarks.three_step_pictures import against_macs, fronts, over_links, over_noise
-from benchmarks.three_step_points import CUTS
+from benchmarks.three_step_points import CUTS, VECTOR
 from pipeline.files import atomic_path, atomic_write_text
 from pipeline.plots import latency_against_rate, latency_breakdown
 from pipeline.report import heading
@@ -82,10 +84,38 @@ def three_step_table(results: dict[str, Any]) -> str:
             f"|---|{'---:|' * len(cuts)}",
             *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
             "",
+            *end_to_end_lines(figures, raw),
+            *vector_lines(raw),
             f"{len(raw['points'])} points so far, on {machine['cores']} cores of {machine['cpu']} (commit {results['commit'][:8]}, {results['date']}, "
             f"seed {', '.join(map(str, results['seeds']))}).",
         ]
     )
+
+
+def end_to_end_lines(figures: dict[str, Any], raw: dict[str, Any]) -> list[str]:
+    """Where splitting pays and where it does not, of the whole grid of devices and links."""
+    if "end_to_end" not in raw:
+        return []
+    picks = Counter(place["pick"].removeprefix("resnet20 ").partition(", seed")[0] for place in raw["end_to_end"]["grid"])
+    found = {slowdown: figures[f"end_to_end_best_speedup.x{slowdown:g}"]["value"] for slowdown in SLOWDOWNS}
+    ratios = ", ".join(f"{value:.2f} at {slowdown:g} times" for slowdown, value in found.items() if value)
+    picked = ", ".join(f"{name} at {count}" for name, count in picks.most_common())
+    return [
+        f"From image to answer, over {sum(picks.values())} places (devices {', '.join(f'{slowdown:g}' for slowdown in SLOWDOWNS)} times slower than one core, "
+        f"round trips of {' and '.join(f'{rtt:g}' for rtt in RTTS_MS)} ms, {RATES_MBPS[0]:g} to {RATES_MBPS[-1]:g} Mbit/s), the fastest predicted is: "
+        f"{picked}. The best baseline takes this many times as long as the best split, where that is best: {ratios}; below 1, splitting does not pay.",
+        "",
+    ]
+
+
+def vector_lines(raw: dict[str, Any]) -> list[str]:
+    """What is classification on the device, so in no table: the pooled vector's code."""
+    rows = [row for row in raw["points"].values() if row["point"].get("cut") == VECTOR and "test" in row]
+    return [
+        f"Pooled to a vector on the device, where little is left for the edge: {row['test']['payload_bits']['mean']:.0f} bits, "
+        f"{100 * row['test']['accuracy']:.2f} % on test."
+        for row in rows[:1]
+    ] + [""] * bool(rows)
 
 
 def pipeline_table(results: dict[str, Any]) -> str:
@@ -148,7 +178,8 @@ def pictures(name: str, results: dict[str, Any]) -> dict[str, Any]:
 
 def three_step_pictures(results: dict[str, Any]) -> dict[str, Any]:
     raw = results["raw"]
-    found = {"three_step-fronts.png": fronts(raw, "resnet20", CUTS["resnet20"]), "three_step-macs.png": against_macs(raw)}
+    found = {f"three_step-fronts{end}.png": fronts(raw, backbone, CUTS[backbone]) for backbone, end in (("resnet20", ""), ("resnet56", "-resnet56"))}
+    found["three_step-macs.png"] = against_macs(raw)
     if any(row["point"].get("codec", {}).get("kind", "").startswith("jscc") for row in raw["points"].values()):
         found["three_step-noise.png"] = over_noise(raw)
     if "end_to_end" in raw:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.end_to_end import SLOWDOWNS, Way, as_raw, grid, medians, through_link, time_parts
+from benchmarks.end_to_end import SLOWDOWNS, Place, Way, as_raw, grid, medians, through_link, time_parts
 from benchmarks.image_points import ImagePoint
 from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, write
 from benchmarks.split_points import costs_key, reference, reference_weights
-from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, unpruned
+from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, pruned_pairs
 from benchmarks.three_step_points import CUTS, SEEDS, VECTOR, chains, every_point, uncoded
 from benchmarks.three_step_training import STATE, WEIGHTS, alone
 from benchmarks.three_step_ways import (
@@ -49,11 +49,11 @@ from pipeline.data import load_card, load_split
 from pipeline.inference import accuracy
 
 NAME = "three_step"
-TIMED_IMAGES, ROUNDS = 20, 4
+TIMED_IMAGES, ROUNDS = 20, 16
 STREAM_IMAGES = 512
 RAW_IMAGE_BYTES = 3 * 32 * 32  # what sends more gains nothing by a faster device half
 GIVE_UP = 0.02  # of accuracy on validation: a chain ends where a point loses more, as cheaper ones would too
-CHECKED = 2  # places a slowdown where splitting wins most, and as many where something else is picked, to be measured through the link
+CHECKED = 2  # places a slowdown where a real cut does best, which are measured through the link, with one more
 
 Raw = dict[str, Any]
 
@@ -88,13 +88,10 @@ def run_end_to_end(raw: Raw) -> Raw:
     by_name = {way.name: way for way in ways}
     checked = []
     for slowdown in SLOWDOWNS:
-        real = sorted((place for place in places if place.slowdown == slowdown and place.real_cut), key=lambda place: place.ratio)
-        rest = [place for place in places if place.slowdown == slowdown and not place.real_cut]
-        for place in [*real[:CHECKED], *rest[len(rest) // 4 :: max(len(rest) // 2, 1)][:CHECKED]]:
-            pair = [by_name[name] for name in dict.fromkeys((place.pick, place.baseline))]
-            link = Link(place.rate_mbps, place.rtt_ms)
-            times = through_link(pair, images[: 2 * TIMED_IMAGES], place.slowdown, link)
-            row = {"slowdown": slowdown, "rate_mbps": place.rate_mbps, "rtt_ms": place.rtt_ms, "pick": place.pick, "baseline": place.baseline}
+        for place in _worth_checking([place for place in places if place.slowdown == slowdown], by_name):
+            compared = [by_name[name] for name in dict.fromkeys((place.pick, place.baseline, place.cut)) if name]
+            times = through_link(compared, images[: 2 * TIMED_IMAGES], slowdown, Link(place.rate_mbps, place.rtt_ms))
+            row = {name: getattr(place, name) for name in ("slowdown", "rate_mbps", "rtt_ms", "pick", "baseline", "cut")}
             checked.append(row | {"ms": {name: [round(ms, 3) for ms in values] for name, values in times.items()}})
     facts = [{"name": way.name, "accuracy": way.accuracy, "frame_bytes": way.frame_bytes, "ours": way.ours, "real_cut": way.real_cut} for way in ways]
     pairs = {where: _pruned_pair(raw, points, cut) for where, cut in CUTS["resnet56"].items()}
@@ -113,6 +110,15 @@ def run_end_to_end(raw: Raw) -> Raw:
         "through_link": checked,
         "pruned": pruned,
     }
+
+
+def _worth_checking(places: Sequence[Place], ways: Mapping[str, Way]) -> list[Place]:
+    """Of one slowdown: where a real cut comes nearest to the best baseline or beats it most, and one of the others, if there is one where the pick sends."""
+    cut = [place for place in places if place.cut_ms is not None]
+    best = sorted(cut, key=lambda place: (place.cut_ms or 0) / place.baseline_ms)[:CHECKED]
+    others = [place for place in places if place not in best]
+    sending = [place for place in others if ways[place.pick].sent != "nothing"] or others
+    return [*best, *sending[len(sending) // 2 :][:1]]
 
 
 def cheapest_alike(rows: Mapping[str, Raw], best: Raw) -> dict[str, Raw]:
@@ -137,13 +143,9 @@ def cheapest_alike(rows: Mapping[str, Raw], best: Raw) -> dict[str, Raw]:
 
 def _pruned_pair(raw: Raw, points: dict[str, Any], cut: str) -> list[tuple[Raw, Way]]:
     """The unpruned and the pruned split of ResNet-56 at `cut`, if both are trained."""
-    rows = [row for name, row in raw["points"].items() if name in points and row["point"]["backbone"] == "resnet56" and row["point"].get("cut") == cut]
-    pruned = next((row for row in rows if row["point"]["prune_epochs"]), None)
-    whole = unpruned(rows, pruned)
-    if pruned is None or whole is None:
-        return []
+    pairs = [pair for pair in pruned_pairs(raw["points"].values()) if pair[0]["point"]["cut"] == cut]
     named = {row["key"]: points[name] for name, row in raw["points"].items() if name in points}
-    return [(row, of_split(named[row["key"]], row["validation"]["accuracy"], row["validation"]["frame_bytes"]["mean"])) for row in (whole, pruned)]
+    return [(row, of_split(named[row["key"]], row["validation"]["accuracy"], row["validation"]["frame_bytes"]["mean"])) for row in itertools.chain(*pairs[:1])]
 
 
 def main() -> None:
@@ -206,7 +208,7 @@ def _is_trained(point: Any) -> bool:
 
 
 def judge_on_test() -> None:
-    """Of the points within the loss on validation, means over seeds, those that were not yet."""
+    """Of the points within the loss on validation, means over seeds, and of the halves whose pruning is judged, those that were not yet."""
     points = {point.key(): point for point in every_point()}
     for key in _to_be_judged(known()):
         with alone(f"{key}-test"):
@@ -221,7 +223,8 @@ def judge_on_test() -> None:
 
 def _to_be_judged(raw: Raw) -> list[str]:
     rows = [row for row in pooled(raw["points"]) if (best := raw["references"].get(row["point"]["backbone"])) and near(row, best)]
-    return list(dict.fromkeys(each["key"] for row in rows for each in row["of_seeds"] if "test" not in each))
+    single = [each for row in rows for each in row["of_seeds"]] + [row for pair in pruned_pairs(raw["points"].values()) for row in pair]
+    return list(dict.fromkeys(row["key"] for row in single if "test" not in row))
 
 
 @contextmanager

@@ -46,9 +46,11 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
     elements = {cut.name: cut.elements for cut in cut_points(build_backbone(backbone, 10, 32), torch.zeros(2, 3, 32, 32))}
     for axes, (where, cut) in zip(panels, cuts.items(), strict=True):
         for kind, colour in COLOURS.items():
-            rows = [row for row in _splits(raw, backbone) if row["point"]["cut"] == cut and row["point"]["codec"]["kind"] == kind]
-            rows = [{"validation": found} for row in rows for found in row["validation"].get("points", [row["validation"]])]
+            mine = [row for row in _splits(raw, backbone) if row["point"]["cut"] == cut and row["point"]["codec"]["kind"] == kind]
+            pruned = [row for row in mine if row["point"].get("prune_epochs")]
+            rows = [{"validation": found} for row in mine if row not in pruned for found in row["validation"].get("points", [row["validation"]])]
             _line(axes, _places(rows, "payload_bits"), color=colour, marker="o", label=kind)
+            _line(axes, _places(pruned, "payload_bits"), color=colour, marker="s", linestyle=":", label=f"{kind}, device half pruned")
             if kind == "bottlenet++":
                 _line(axes, _places(rows, "uncoded_bits"), color=colour, marker="x", linestyle="--", label=f"{kind}, uncoded")
             elif kind in ("jscc-bec", "jscc-bsc"):
@@ -56,7 +58,9 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
         rows = [row for row in _pruned_alone(raw, backbone) if row["point"]["cut"] == cut]
         _line(axes, _places(rows, "payload_bits"), color="black", marker="s", label="2-step pruning, 8 bit")
         for (image_format, (colour, marker)), tuned in itertools.product(IMAGE_STYLES.items(), (False, True)):
-            rows = [row for row in raw["points"].values() if row["point"].get("image_format") == image_format and bool(row["point"]["epochs"]) == tuned]
+            wanted = (backbone, image_format, tuned)
+            images = [(row, row["point"]) for row in raw["points"].values() if "image_format" in row["point"]]
+            rows = [row for row, point in images if (point["backbone"], point["image_format"], bool(point["epochs"])) == wanted]
             style = {"color": colour, "marker": marker, "linestyle": "-" if tuned else ":"}
             _line(axes, _places(rows, "payload_bits"), label=f"{image_format}{', trained on it' if tuned else ''}", **style)
         if reference:
@@ -142,7 +146,10 @@ def over_links(found: Raw) -> Figure:
             rates = [place["rate_mbps"] for place in places]
             axes.loglog(rates, [place["baseline_ms"] for place in places], color="#D55E00", label="best baseline")
             axes.loglog(rates, [place["pick_ms"] for place in places], color="#0072B2", linestyle="--", label="picked")
-            shown = [place[way] for place in places for way in ("baseline_ms", "pick_ms")]
+            cuts = [(place["rate_mbps"], place["cut_ms"]) for place in places if place["cut"]]
+            if cuts:
+                axes.loglog(*zip(*cuts, strict=True), color="black", linestyle=":", label="best split")
+            shown = [place[way] for place in places for way in ("baseline_ms", "pick_ms", "cut_ms") if place[way]]
             axes.set_ylim(min(shown) / 1.5, max(shown) * 1.5)
             edges = [rates[0], *(math.sqrt(low * high) for low, high in itertools.pairwise(rates)), rates[-1]]
             for place, (low, high) in zip(places, itertools.pairwise(edges), strict=True):

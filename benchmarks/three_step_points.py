@@ -48,7 +48,7 @@ BOTTLENETPP = {  # (stride, widths)
 }
 LARGE_RATE = {"first": (2e-4, 1.2e-4), "middle": (4e-4,), "last": (2e-2,)}  # the first of each is pruned too
 # at cuts of ResNet-20 with the shortest device halves: timed, in no figure of bits
-EARLY_RATE = {"layer1.0": (1e-4,), "relu": (1.5e-4, 7e-5)}
+EARLY_RATE = {"layer1.0": (1e-4, 7e-5), "relu": (1.5e-4, 7e-5)}
 SEEDS = (0, 1, 2)
 
 

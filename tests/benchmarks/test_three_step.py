@@ -10,7 +10,7 @@ import torch
 from benchmarks.noise import pam, sigma
 from benchmarks.split_points import Point, epochs_of_all
 from benchmarks.three_step import cheapest_alike
-from benchmarks.three_step_figures import coder_figures, figures_of, pruning_figures
+from benchmarks.three_step_figures import coder_figures, end_to_end_figures, figures_of, pruning_figures
 from benchmarks.three_step_points import CUTS, EARLY_RATE, VECTOR, every_point, uncoded
 from models.backbones import build_backbone
 from models.codecs import build_codec
@@ -140,7 +140,10 @@ def test_a_pruned_half_is_compared_with_the_same_split_unpruned_in_the_mean_over
     ratio = pruning_figures({"points": {str(number): each for number, each in enumerate([*others, *rows])}})["device_macs_ratio"]
     assert ratio["value"] == pytest.approx(0.4)
     rows[-1]["validation"]["accuracy"] = 0.894
-    assert pruning_figures({"points": {str(number): each for number, each in enumerate(rows)}})["device_macs_ratio"]["value"] is None
+    timed = {"end_to_end": {"pruned": {where: {"whole": [3.0, 3.0], "pruned": [2.0, 2.0]} for where in CUTS["resnet56"]}}}
+    found = pruning_figures(timed | {"points": {str(number): each for number, each in enumerate(rows)}})
+    assert found["device_macs_ratio"]["value"] is None
+    assert [found[f"device_speedup.{where}"]["value"] for where in CUTS["resnet56"]] == [1.5, 1.5, None]
     last = CUTS["resnet56"]["last"]
     rows += [row(last, codec, 2, 30, 0.899, 1)]  # without its like unpruned it says nothing
     assert pruning_figures({"points": {str(number): each for number, each in enumerate(rows)}})["device_macs_ratio"]["value"] is None
@@ -161,6 +164,23 @@ def test_what_could_not_win_is_not_timed() -> None:
     rows["vector"] = split("rate", 20, 0.9, None)
     rows["vector"]["point"]["cut"] = VECTOR
     assert "vector" not in cheapest_alike(rows, REFERENCES["resnet20"]), "the device has classified: that is no real cut"
+
+
+def test_the_best_split_is_reported_with_what_limits_it_whether_it_wins_or_not() -> None:
+    def place(rate_mbps: float, cut_ms: float | None) -> dict[str, Any]:
+        cut = {"cut": "layer1.0" if cut_ms else None, "cut_ms": cut_ms, "cut_device_ms": 30.0 if cut_ms else None}
+        at = {"slowdown": 40.0, "rtt_ms": 2.0, "rate_mbps": rate_mbps}
+        return at | {"pick": "jpeg", "pick_ms": 50.0, "baseline": "jpeg", "baseline_ms": 50.0, "ratio": 1.0, "real_cut": False} | cut
+
+    through = {"slowdown": 40.0, "rtt_ms": 2.0, "rate_mbps": 1.0, "ms": {"jpeg": [55.0, 55.0], "layer1.0": [66.0, 66.0]}}
+    rest = {"through_link": [through], "coder": [], "measured": {}, "ways": []}
+    found = end_to_end_figures({"grid": [place(1.0, 60.0), place(2.0, 80.0)], **rest})
+    assert found["end_to_end_best_speedup.x40"]["value"] == pytest.approx(50 / 60)
+    assert "jpeg over layer1.0 at slowdown 40, 2 ms, 1 Mbit/s: 30.0 of the split's 60.0 ms are the device's" in found["end_to_end_best_speedup.x40"]["how"]
+    assert found["end_to_end_best_speedup.x40"]["how"].endswith("a split is picked at 0 of 2 places")
+    assert found["end_to_end_best_speedup.x10"]["value"] is None
+    assert found["through_link_over_computed"]["spread"] == pytest.approx([1.1, 1.1])
+    assert end_to_end_figures({"grid": [place(1.0, None)], **rest, "through_link": []})["end_to_end_best_speedup.x40"]["value"] is None
 
 
 def test_the_coder_is_judged_on_whole_streams_and_timed_on_single_images() -> None:

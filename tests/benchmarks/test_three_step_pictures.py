@@ -47,10 +47,24 @@ def test_each_link_rate_is_shaded_by_who_is_faster_there() -> None:
     split, local, image = "resnet20 layer3.2 rate 8ch, seed 0", "resnet20 device-only", "resnet20 webp q60"
     rates = {0.1: (local, 9.0, local, 9.0), 1.0: (split, 6.0, local, 9.0), 4.0: (split, 5.0, image, 4.0), 10.0: (image, 3.0, image, 3.0)}
     places = [
-        {"slowdown": 10.0, "rtt_ms": 2.0, "rate_mbps": rate, "pick": pick, "pick_ms": ms, "baseline": best, "baseline_ms": best_ms, "ratio": ms / best_ms}
+        {
+            "slowdown": 10.0,
+            "rtt_ms": 2.0,
+            "rate_mbps": rate,
+            "pick": pick,
+            "pick_ms": ms,
+            "baseline": best,
+            "baseline_ms": best_ms,
+            "ratio": ms / best_ms,
+            "cut": split,
+            "cut_ms": 12.0,
+        }
         for rate, (pick, ms, best, best_ms) in rates.items()
     ]
     figure = over_links({"grid": places})
+    cuts = next(line for line in figure.axes[0].lines if line.get_label() == "best split")
+    assert [*cuts.get_xdata()] == [*rates]
+    assert {*cuts.get_ydata()} == {12.0}
     shaded = {patch.get_label(): patch for patch in figure.axes[0].patches}
     winners = ["device-only wins", "layer3.2 rate 8ch wins", "webp q60 wins"]
     assert set(winners) == set(shaded) <= legend(figure)
