@@ -59,7 +59,7 @@ Raw = dict[str, Any]
 
 
 def run_end_to_end(raw: Raw) -> Raw:
-    """Every way within 1 point on validation, timed; the grid; and the places where splitting wins most again, through processes and link.
+    """Every way within 1 point on validation, timed; the grid; and the places where splitting does best again, through processes and link.
 
     What the search could propose is predicted by a profile of this machine, made first, as the search does; for the rest an earlier timing stands in.
     """
@@ -113,7 +113,7 @@ def run_end_to_end(raw: Raw) -> Raw:
 
 
 def _worth_checking(places: Sequence[Place], ways: Mapping[str, Way]) -> list[Place]:
-    """Of one slowdown: where a real cut comes nearest to the best baseline or beats it most, and one of the others, if there is one where the pick sends."""
+    """Of one slowdown: where a real cut comes nearest to the best baseline or beats it most, and one of the others, if possible one where the pick sends."""
     cut = [place for place in places if place.cut_ms is not None]
     best = sorted(cut, key=lambda place: (place.cut_ms or 0) / place.baseline_ms)[:CHECKED]
     others = [place for place in places if place not in best]
@@ -144,7 +144,7 @@ def cheapest_alike(rows: Mapping[str, Raw], best: Raw) -> dict[str, Raw]:
 def _pruned_pair(raw: Raw, points: dict[str, Any], cut: str) -> list[tuple[Raw, Way]]:
     """The unpruned and the pruned split of ResNet-56 at `cut`, if both are trained."""
     pairs = [pair for pair in pruned_pairs(raw["points"].values()) if pair[0]["point"]["cut"] == cut]
-    named = {row["key"]: points[name] for name, row in raw["points"].items() if name in points}
+    named = {row["key"]: points[name] for name, row in raw["points"].items()}
     return [(row, of_split(named[row["key"]], row["validation"]["accuracy"], row["validation"]["frame_bytes"]["mean"])) for row in itertools.chain(*pairs[:1])]
 
 

@@ -47,8 +47,8 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
     for axes, (where, cut) in zip(panels, cuts.items(), strict=True):
         for kind, colour in COLOURS.items():
             mine = [row for row in _splits(raw, backbone) if row["point"]["cut"] == cut and row["point"]["codec"]["kind"] == kind]
-            pruned = [row for row in mine if row["point"].get("prune_epochs")]
-            rows = [{"validation": found} for row in mine if row not in pruned for found in row["validation"].get("points", [row["validation"]])]
+            whole, pruned = ([row for row in mine if bool(row["point"].get("prune_epochs")) == less] for less in (False, True))
+            rows = [{"validation": found} for row in whole for found in row["validation"].get("points", [row["validation"]])]
             _line(axes, _places(rows, "payload_bits"), color=colour, marker="o", label=kind)
             _line(axes, _places(pruned, "payload_bits"), color=colour, marker="s", linestyle=":", label=f"{kind}, device half pruned")
             if kind == "bottlenet++":
@@ -58,9 +58,8 @@ def fronts(raw: Raw, backbone: str, cuts: dict[str, str]) -> Figure:
         rows = [row for row in _pruned_alone(raw, backbone) if row["point"]["cut"] == cut]
         _line(axes, _places(rows, "payload_bits"), color="black", marker="s", label="2-step pruning, 8 bit")
         for (image_format, (colour, marker)), tuned in itertools.product(IMAGE_STYLES.items(), (False, True)):
-            wanted = (backbone, image_format, tuned)
-            images = [(row, row["point"]) for row in raw["points"].values() if "image_format" in row["point"]]
-            rows = [row for row, point in images if (point["backbone"], point["image_format"], bool(point["epochs"])) == wanted]
+            images = [row for row in raw["points"].values() if (row["point"].get("image_format"), row["point"]["backbone"]) == (image_format, backbone)]
+            rows = [row for row in images if bool(row["point"]["epochs"]) == tuned]
             style = {"color": colour, "marker": marker, "linestyle": "-" if tuned else ":"}
             _line(axes, _places(rows, "payload_bits"), label=f"{image_format}{', trained on it' if tuned else ''}", **style)
         if reference:
@@ -134,7 +133,7 @@ def over_noise(raw: Raw) -> Figure:
 
 
 def over_links(found: Raw) -> Figure:
-    """Latency against link rate: what the search picks and the best baseline, a panel for each device and round trip, shaded by who wins."""
+    """Latency against link rate: the pick, the best baseline and our best split, a panel for each device and round trip, shaded by who wins."""
     slowdowns = sorted({place["slowdown"] for place in found["grid"]})
     rtts = sorted({place["rtt_ms"] for place in found["grid"]})
     winners = dict.fromkeys(_winner(place) for place in found["grid"])
@@ -169,8 +168,11 @@ def over_links(found: Raw) -> Figure:
 
 
 def _winner(place: Raw) -> str:
-    """Of pick and best baseline the faster, without what all names share."""
-    name: str = place["pick"] if place["ratio"] < 1 else place["baseline"]
+    """Of pick and best baseline the faster."""
+    return without_what_all_share(place["pick"] if place["ratio"] < 1 else place["baseline"])
+
+
+def without_what_all_share(name: str) -> str:
     return name.removeprefix("resnet20 ").replace(", seed 0", "")
 
 

@@ -110,7 +110,7 @@ def _how_timed(device: str, metrics: Mapping[str, Any], timing: Mapping[str, Any
 
 def _how_predicted(paths: DevicePaths, timing: Mapping[str, Any] | None) -> list[str]:
     """A line where the measured times are of another processor than the profile, and so need not be near the predicted ones."""
-    profiled = read_json(paths.device_profile, "the device profile")["machine"]["cpu"] if paths.device_profile.exists() else None
+    profiled = read_json(paths.device_profile, "the device profile").get("machine", {}).get("cpu") if paths.device_profile.exists() else None
     if timing is None or profiled in (None, timing["machine"]["cpu"]):
         return []
     return [f"        on {timing['machine']['cpu']}; predicted for {profiled}, which the profile was measured on (docs/own-device.md)"]

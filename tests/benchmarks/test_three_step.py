@@ -177,7 +177,7 @@ def test_the_best_split_is_reported_with_what_limits_it_whether_it_wins_or_not()
     found = end_to_end_figures({"grid": [place(1.0, 60.0), place(2.0, 80.0)], **rest})
     assert found["end_to_end_best_speedup.x40"]["value"] == pytest.approx(50 / 60)
     assert "jpeg over layer1.0 at slowdown 40, 2 ms, 1 Mbit/s: 30.0 of the split's 60.0 ms are the device's" in found["end_to_end_best_speedup.x40"]["how"]
-    assert found["end_to_end_best_speedup.x40"]["how"].endswith("a split is picked at 0 of 2 places")
+    assert found["end_to_end_best_speedup.x40"]["how"].endswith("ours is picked at 0 of 2 places")
     assert found["end_to_end_best_speedup.x10"]["value"] is None
     assert found["through_link_over_computed"]["spread"] == pytest.approx([1.1, 1.1])
     assert end_to_end_figures({"grid": [place(1.0, None)], **rest, "through_link": []})["end_to_end_best_speedup.x40"]["value"] is None

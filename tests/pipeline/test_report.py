@@ -103,7 +103,7 @@ def test_a_profile_of_another_processor_is_told_beside_the_times(evaluated: Devi
     evaluated.device_profile.parent.mkdir()
     evaluated.device_profile.write_text(json.dumps({"machine": {"cpu": profiled}}))
     print_report("camera")
-    assert ("on Cortex-A76; predicted for Xeon" in capsys.readouterr().out) == told
+    assert ("on Cortex-A76; predicted for" in capsys.readouterr().out) == told
 
 
 def test_a_clone_without_measured_times_sees_predicted_ones(evaluated: DevicePaths, capsys: pytest.CaptureFixture[str]) -> None:
