@@ -10,7 +10,7 @@ import multiprocessing.connection
 import socketserver
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -153,7 +153,7 @@ def total_ms(way: Way, parts: Mapping[str, float], slowdown: float, link: Link, 
 class Place:
     """A grid point: which way was picked by prediction, the best baseline by measurement, and what both take; `real_cut` if one of ours cuts there.
 
-    `cut` is what would be picked of our real cuts alone, if there are any, and `cut_device_ms` the device's part of `cut_ms`.
+    `cut` is the best of our real cuts by measurement, if there are any.
     """
 
     slowdown: float
@@ -167,7 +167,6 @@ class Place:
     real_cut: bool
     cut: str | None = None
     cut_ms: float | None = None
-    cut_device_ms: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -187,11 +186,8 @@ def grid(
         pick = min(good, key=lambda way: expected[way.name])
         baseline = min((way for way in good if not way.ours), key=lambda way: actual[way.name])
         times = actual[pick.name], expected[pick.name], baseline.name, actual[baseline.name]
-        place = Place(slowdown, rtt, rate, pick.name, *times, pick.ours and pick.real_cut)
-        if cut := min((way for way in good if way.ours and way.real_cut), key=lambda way: expected[way.name], default=None):
-            on_device = slowdown * (found[cut.name]["device_ms"] + found[cut.name]["encode_ms"])
-            place = replace(place, cut=cut.name, cut_ms=actual[cut.name], cut_device_ms=on_device)
-        places.append(place)
+        cut = min((way.name for way in good if way.ours and way.real_cut), key=actual.__getitem__, default=None)
+        places.append(Place(slowdown, rtt, rate, pick.name, *times, pick.ours and pick.real_cut, cut, cut and actual[cut]))
     return places
 
 

@@ -40,8 +40,7 @@ from pipeline.runtime.preprocess import Preprocessing
 
 NAME = "map-224"
 BACKBONES = ("mobilenet_v3_small", "resnet18")
-FORMATS: tuple[Format, ...] = ("webp", "jpeg", "jpeg-bare")
-IMAGE_MARKERS = {"webp": "x", "jpeg": "+", "jpeg-bare": "1"}
+IMAGE_MARKERS: dict[Format, str] = {"webp": "x", "jpeg": "+", "jpeg-bare": "1"}
 CODES = ((16, 8, 2), (16, 4, 2), (32, 2, 4))  # channels, stride, bits
 QUALITIES = (75, 50, 30)
 SIZE, CLASSES = 224, 1000
@@ -66,7 +65,7 @@ def ways(name: str, images: NDArray[np.uint8]) -> Iterator[Way]:
     backbone = build_backbone(name, CLASSES, SIZE).eval()
     whole = export_onnx(backbone, EXAMPLE, input_name="image", output_name="logits")
     plain = Way("", 0.0, 0.0, ours=False, real_cut=False, sent="image", image_size=SIZE)
-    for image_format, quality in itertools.product(FORMATS, QUALITIES):
+    for image_format, quality in itertools.product(IMAGE_MARKERS, QUALITIES):
         files = [encode_image(image, image_format, quality) for image in images]
         sizes = [len(file) - container_bytes(file, image_format) for file in files]
         label = f"{name} {image_format} q{quality}"

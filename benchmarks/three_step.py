@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.end_to_end import SLOWDOWNS, Place, Way, as_raw, grid, medians, through_link, time_parts
+from benchmarks.end_to_end import SLOWDOWNS, Place, Way, as_raw, grid, medians, through_link, time_parts, total_ms
 from benchmarks.image_points import ImagePoint
 from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, write
@@ -90,8 +90,10 @@ def run_end_to_end(raw: Raw) -> Raw:
     for slowdown in SLOWDOWNS:
         for place in _worth_checking([place for place in places if place.slowdown == slowdown], by_name):
             compared = [by_name[name] for name in dict.fromkeys((place.pick, place.baseline, place.cut)) if name]
-            times = through_link(compared, images[: 2 * TIMED_IMAGES], slowdown, Link(place.rate_mbps, place.rtt_ms))
+            link = Link(place.rate_mbps, place.rtt_ms)
+            times = through_link(compared, images[: 2 * TIMED_IMAGES], slowdown, link)
             row = {name: getattr(place, name) for name in ("slowdown", "rate_mbps", "rtt_ms", "pick", "baseline", "cut")}
+            row["computed_ms"] = {way.name: total_ms(way, measured[way.name], slowdown, link, classes) for way in compared}
             checked.append(row | {"ms": {name: [round(ms, 3) for ms in values] for name, values in times.items()}})
     facts = [{"name": way.name, "accuracy": way.accuracy, "frame_bytes": way.frame_bytes, "ours": way.ours, "real_cut": way.real_cut} for way in ways]
     pairs = {where: _pruned_pair(raw, points, cut) for where, cut in CUTS["resnet56"].items()}
@@ -124,10 +126,11 @@ def _worth_checking(places: Sequence[Place], ways: Mapping[str, Way]) -> list[Pl
 def cheapest_alike(rows: Mapping[str, Raw], best: Raw) -> dict[str, Raw]:
     """Of the ResNet-20 rows within a point of `best` those that could win: of what differs in quality or rate weight alone, the one of fewest bytes."""
     found: dict[tuple[Any, ...], tuple[str, Raw]] = {}
+    means = {row["of_seeds"][0]["key"]: row for row in pooled(rows)}
     for name, row in rows.items():
         point, codec = row["point"], row["point"].get("codec", {})
         kind = codec.get("kind", "")
-        if point["backbone"] != "resnet20" or point.get("seed", 0) or kind == "multi-rate" or kind.startswith("jscc") or not near(row, best):
+        if point["backbone"] != "resnet20" or kind == "multi-rate" or kind.startswith("jscc") or not (row["key"] in means and near(means[row["key"]], best)):
             continue
         if codec and point["cut"] == VECTOR:  # the device has classified
             continue

@@ -169,10 +169,10 @@ def over_links(found: Raw) -> Figure:
 
 def _winner(place: Raw) -> str:
     """Of pick and best baseline the faster."""
-    return without_what_all_share(place["pick"] if place["ratio"] < 1 else place["baseline"])
+    return short_name(place["pick"] if place["ratio"] < 1 else place["baseline"])
 
 
-def without_what_all_share(name: str) -> str:
+def short_name(name: str) -> str:
     return name.removeprefix("resnet20 ").replace(", seed 0", "")
 
 

@@ -152,35 +152,42 @@ def test_a_pruned_half_is_compared_with_the_same_split_unpruned_in_the_mean_over
 
 
 def test_what_could_not_win_is_not_timed() -> None:
-    rows = {f"rate {bits}": split("rate", bits, accuracy, None) for bits, accuracy in ((300, 0.9), (200, 0.891), (100, 0.889))}
-    rows |= {"uniform": split("uniform", 400, 0.9, None), "jscc": split("jscc-awgn", 1, 0.9, None)}
-    rows |= {"webp q60": webp(900, 0.9, 0.9), "webp q50": webp(800, 0.9, 0.9), "webp lossless": webp(5000, 0.9, 0.9)}
-    for row in rows.values():
-        row["point"] |= {"share": 0.0, "evenly": False}
-    assert set(cheapest_alike(rows, REFERENCES["resnet20"])) == {"rate 200", "uniform", "webp q50", "webp lossless"}
-    rows["pruned"] = split("rate", 200, 0.891, None)
-    rows["pruned"]["point"] |= {"share": 0.3, "evenly": False}
-    assert "pruned" in cheapest_alike(rows, REFERENCES["resnet20"]), "its device half is another"
-    rows["vector"] = split("rate", 20, 0.9, None)
-    rows["vector"]["point"]["cut"] = VECTOR
-    assert "vector" not in cheapest_alike(rows, REFERENCES["resnet20"]), "the device has classified: that is no real cut"
+    def named(rows: dict[str, dict[str, Any]], **point: Any) -> dict[str, dict[str, Any]]:
+        return {name: row | {"key": name, "point": row["point"] | {"share": 0.0, "evenly": False} | point} for name, row in rows.items()}
+
+    rows = named({f"rate {bits}": split("rate", bits, accuracy, None) for bits, accuracy in ((300, 0.9), (200, 0.891), (100, 0.889))})
+    rows |= named({"uniform": split("uniform", 400, 0.9, None), "jscc": split("jscc-awgn", 1, 0.9, None)})
+    rows |= named({"webp q60": webp(900, 0.9, 0.9), "webp q50": webp(800, 0.9, 0.9), "webp lossless": webp(5000, 0.9, 0.9)})
+    left = {"rate 200", "uniform", "webp q50", "webp lossless"}
+    assert set(cheapest_alike(rows, REFERENCES["resnet20"])) == left
+    pruned = named({"pruned": split("rate", 200, 0.891, None)}, share=0.3)
+    assert set(cheapest_alike(rows | pruned, REFERENCES["resnet20"])) == {*left, "pruned"}, "its device half is another"
+    vector = named({"vector": split("rate", 20, 0.9, None)}, cut=VECTOR)
+    assert set(cheapest_alike(rows | vector, REFERENCES["resnet20"])) == left, "the device has classified: that is no real cut"
+    lucky = named({f"rate 50, seed {seed}": split("rate", 50, accuracy, None) for seed, accuracy in ((0, 0.891), (1, 0.88))})
+    assert set(cheapest_alike(rows | lucky, REFERENCES["resnet20"])) == left, "the mean over its seeds is below the floor"
 
 
 def test_the_best_split_is_reported_with_what_limits_it_whether_it_wins_or_not() -> None:
     def place(rate_mbps: float, cut_ms: float | None) -> dict[str, Any]:
-        cut = {"cut": "layer1.0" if cut_ms else None, "cut_ms": cut_ms, "cut_device_ms": 30.0 if cut_ms else None}
-        at = {"slowdown": 40.0, "rtt_ms": 2.0, "rate_mbps": rate_mbps}
-        return at | {"pick": "jpeg", "pick_ms": 50.0, "baseline": "jpeg", "baseline_ms": 50.0, "ratio": 1.0, "real_cut": False} | cut
+        at = {"slowdown": 40.0, "rtt_ms": 2.0, "rate_mbps": rate_mbps, "cut": "layer1.0, int8" if cut_ms else None, "cut_ms": cut_ms}
+        return at | {"pick": "jpeg", "pick_ms": 50.0, "baseline": "jpeg", "baseline_ms": 50.0, "ratio": 1.0, "real_cut": False}
 
-    through = {"slowdown": 40.0, "rtt_ms": 2.0, "rate_mbps": 1.0, "ms": {"jpeg": [55.0, 55.0], "layer1.0": [66.0, 66.0]}}
-    rest = {"through_link": [through], "coder": [], "measured": {}, "ways": []}
-    found = end_to_end_figures({"grid": [place(1.0, 60.0), place(2.0, 80.0)], **rest})
-    assert found["end_to_end_best_speedup.x40"]["value"] == pytest.approx(50 / 60)
-    assert "jpeg over layer1.0 at slowdown 40, 2 ms, 1 Mbit/s: 30.0 of the split's 60.0 ms are the device's" in found["end_to_end_best_speedup.x40"]["how"]
-    assert found["end_to_end_best_speedup.x40"]["how"].endswith("ours is picked at 0 of 2 places")
+    def raw(test: float, *places: dict[str, Any]) -> dict[str, Any]:
+        computed, took = {"jpeg": 50.0, "layer1.0, int8": 60.0}, {"jpeg": [55.0, 55.0], "layer1.0, int8": [66.0, 66.0]}
+        measured = {"layer1.0, int8": {"device_ms": 0.5, "encode_ms": 0.25}}
+        timed = {"grid": places, "through_link": [{"computed_ms": computed, "ms": took}], "coder": [], "measured": measured, "ways": []}
+        return {"end_to_end": timed, "points": {"layer1.0": split("rate", 100, 0.895, test)}, "references": REFERENCES}
+
+    found = end_to_end_figures(raw(0.87, place(1.0, 60.0), place(2.0, 80.0)))
+    best = found["end_to_end_best_speedup.x40"]
+    assert best["value"] == pytest.approx(50 / 60)
+    assert "jpeg over layer1.0, int8 at slowdown 40, 2 ms, 1 Mbit/s: 0.83; 30.0 of the split's 60.0 ms are the device's" in best["how"]
+    assert best["how"].endswith("ours is picked at 0 of 2 places")
     assert found["end_to_end_best_speedup.x10"]["value"] is None
     assert found["through_link_over_computed"]["spread"] == pytest.approx([1.1, 1.1])
-    assert end_to_end_figures({"grid": [place(1.0, None)], **rest, "through_link": []})["end_to_end_best_speedup.x40"]["value"] is None
+    assert end_to_end_figures(raw(0.86, place(1.0, 60.0)))["end_to_end_best_speedup.x40"]["value"] is None, "two points lost on test"
+    assert end_to_end_figures(raw(0.87, place(1.0, None)))["end_to_end_best_speedup.x40"]["value"] is None
 
 
 def test_the_coder_is_judged_on_whole_streams_and_timed_on_single_images() -> None:
