@@ -31,7 +31,8 @@ PRUNING, PRUNED = 2, {"first": 3, "middle": 6, "last": 6}  # epochs in which the
 FURTHER = (0, 3)  # of a split that goes on from another with the next rate weight
 DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS, TWO_STEP_EPOCHS = 9, 3  # of each step in which a network without a codec is pruned, to stay on the device and to be cut
-IMAGES = (4, 3, 2, 1)  # epochs of the first image quality and of each after it
+IMAGES = (9, 3)  # epochs of the first image quality and of each after it, on from the reference: in all as many as of a split and of those that go on from it
+QUALITIES_TRAINED = (70, 65, 60, 50, 40)
 UNIFORM = {"first": ((16, 4, 3), (16, 4, 2)), "middle": ((32, 4, 3), (32, 4, 2)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
 CODEBOOK = {"first": ((16, 4, 4),), "middle": ((32, 4, 4), (32, 4, 3)), "last": ((12, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
@@ -82,8 +83,7 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield [_image(image_format, 100) for image_format in ("png", "webp")]
     for image_format in FORMATS:
         yield [_image(image_format, quality) for quality in QUALITIES]
-    yield _images("webp", (60, 50, 40, 30))
-    yield _images("webp", (70, 65))
+    yield _images("webp")
     good, weights = FINISHED_RATE
     yield _chain(_rates("last")[RATE["last"].index(good)], [_rate("last", weight) for weight in weights], [FINISHED])
     for where in CUTS["resnet20"]:
@@ -109,9 +109,8 @@ def _chains() -> Iterator[Sequence[Any]]:
         yield [point]
         yield [dataclasses.replace(point, frozen_epochs=0, epochs=PRUNED[where], before=point, share=DROPPED[where], prune_epochs=PRUNING)]
         yield _chain(point, [_rate(where, weight) for weight in further], [FURTHER])
-    yield _images("jpeg", (60, 50, 40, 30))
     for image_format in ("jpeg", "jpeg-bare"):
-        yield _images(image_format, (70, 65))
+        yield _images(image_format)
     yield [_vector()]
     yield from _two_step()
     for where in CUTS["resnet20"]:
@@ -158,10 +157,10 @@ def _vector() -> Point:
     return Point("resnet20", str(reference_weights(uncoded("resnet20"))), VECTOR, spec, *EPOCHS["last"])
 
 
-def _images(image_format: Format, qualities: Sequence[int]) -> list[ImagePoint]:
+def _images(image_format: Format) -> list[ImagePoint]:
     points: list[ImagePoint] = []
-    for quality, epochs in zip(qualities, IMAGES, strict=False):
-        points.append(_image(image_format, quality, epochs, points[-1] if points else None))
+    for quality in QUALITIES_TRAINED:
+        points.append(_image(image_format, quality, IMAGES[bool(points)], points[-1] if points else None))
     return points
 
 
