@@ -89,7 +89,7 @@ def run_end_to_end(raw: Raw) -> Raw:
     by_name = {way.name: way for way in ways}
     checked = []
     for slowdown in SLOWDOWNS:
-        for place in _worth_checking([place for place in places if place.slowdown == slowdown], by_name):
+        for place in worth_checking([place for place in places if place.slowdown == slowdown], by_name):
             compared = [by_name[name] for name in dict.fromkeys((place.pick, place.baseline, place.cut)) if name]
             link = Link(place.rate_mbps, place.rtt_ms)
             times = through_link(compared, images[: 2 * TIMED_IMAGES], slowdown, link)
@@ -115,7 +115,7 @@ def run_end_to_end(raw: Raw) -> Raw:
     }
 
 
-def _worth_checking(places: Sequence[Place], ways: Mapping[str, Way]) -> list[Place]:
+def worth_checking(places: Sequence[Place], ways: Mapping[str, Way]) -> list[Place]:
     """Of one slowdown: where a real cut comes nearest to the best baseline or beats it most, and one of the others, if possible one where the pick sends."""
     cut = [place for place in places if place.cut_ms is not None]
     best = sorted(cut, key=lambda place: (place.cut_ms or 0) / place.baseline_ms)[:CHECKED]
@@ -214,9 +214,9 @@ def _is_trained(point: Any) -> bool:
 def judge_on_test() -> None:
     """Of the points within the loss on validation, means over seeds, and of the halves whose pruning is judged, those that were not yet."""
     points = {point.key(): point for point in every_point()}
-    for key in _to_be_judged(known()):
+    for key in to_be_judged(known()):
         with alone(f"{key}-test"):
-            if key not in _to_be_judged(known()):
+            if key not in to_be_judged(known()):
                 continue
             found = points[key].judged(load_split("test"))
             with changed() as raw:
@@ -225,7 +225,7 @@ def judge_on_test() -> None:
                         row["test"] = found
 
 
-def _to_be_judged(raw: Raw) -> list[str]:
+def to_be_judged(raw: Raw) -> list[str]:
     rows = [row for row in pooled(raw["points"]) if (best := raw["references"].get(row["point"]["backbone"])) and near(row, best)]
     single = [each for row in rows for each in row["of_seeds"]] + [row for pair in pruned_pairs(raw["points"].values()) for row in pair]
     return list(dict.fromkeys(row["key"] for row in single if "test" not in row))

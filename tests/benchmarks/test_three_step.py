@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.end_to_end import Place, Way
+from benchmarks.image_points import ImagePoint
 from benchmarks.noise import pam, sigma
 from benchmarks.split_points import Point, epochs_of_all
-from benchmarks.three_step import cheapest_alike
+from benchmarks.three_step import cheapest_alike, to_be_judged, worth_checking
 from benchmarks.three_step_figures import coder_figures, end_to_end_figures, figures_of, pruning_figures
-from benchmarks.three_step_points import CUTS, EARLY_RATE, VECTOR, every_point, uncoded
+from benchmarks.three_step_points import CUTS, EARLY_RATE, RATE_EPOCHS, VECTOR, every_point, uncoded
 from models.backbones import build_backbone
 from models.codecs import build_codec
 from models.cutting import cut_points
@@ -198,3 +200,48 @@ def test_the_coder_is_judged_on_whole_streams_and_timed_on_single_images() -> No
     assert found["coder_over_cross_entropy"]["spread"] == pytest.approx([1.002, 1.010])
     assert found["coder_ms_per_image"]["value"] == pytest.approx(0.6)
     assert coder_figures({"coder": [], "measured": times}) == {}
+
+
+def test_what_is_checked_through_the_link_is_where_a_split_does_best_and_a_place_where_the_pick_sends() -> None:
+    ways = {
+        name: Way(name, 0.9, 30.0, ours=False, real_cut=name == "split", sent=sent, image_size=32)
+        for name, sent in (("local", "nothing"), ("jpeg", "image"), ("split", "symbols"))
+    }
+    picks = {0.1: ("local", 4.0), 0.2: ("local", 3.0), 0.4: ("jpeg", 2.5), 0.8: ("jpeg", 1.5), 1.6: ("jpeg", 1.2)}
+    places = [Place(10.0, 2.0, rate, pick, 10.0, 10.0, pick, 10.0, False, "split", 10.0 * over) for rate, (pick, over) in picks.items()]
+    assert [place.rate_mbps for place in worth_checking(places, ways)] == [1.6, 0.8, 0.4]
+    assert [place.rate_mbps for place in worth_checking(places[:3], ways)] == [0.4, 0.2, 0.1], "none of the others sends"
+
+
+def test_points_within_a_point_on_validation_and_both_halves_of_a_pruned_pair_are_judged_on_test() -> None:
+    rows = {
+        "dear, seed 0": split("rate", 300, 0.895, None),
+        "judged, seed 0": split("rate", 200, 0.895, 0.88),
+        "bad, seed 0": split("rate", 100, 0.8899, None),
+        "lucky, seed 0": split("uniform", 90, 0.891, None),
+        "lucky, seed 1": split("uniform", 90, 0.88, None),
+    }
+    for name, pruned in (("whole, seed 0", 0), ("pruned, seed 0", 2)):
+        row = split("rate", 100, 0.8, None)
+        rows[name] = row | {"point": row["point"] | {"backbone": "resnet56", "seed": 0, "prune_epochs": pruned}}
+    references = REFERENCES | {"resnet56": REFERENCES["resnet20"]}
+    raw = {"points": {name: row | {"key": name} for name, row in rows.items()}, "references": references}
+    assert to_be_judged(raw) == ["dear, seed 0", "whole, seed 0", "pruned, seed 0"]
+
+
+def test_baselines_that_are_trained_get_as_many_epochs_as_our_splits() -> None:
+    def frozen(point: Point) -> int:
+        return point.frozen_epochs + (frozen(point.before) if point.before else 0)
+
+    def of(point: ImagePoint) -> int:
+        return point.epochs + (of(point.before) if point.before else 0)
+
+    points = [point for point in every_point() if getattr(point, "seed", 0) == 0]
+    for where in ("first", "middle"):
+        here = [point for point in points if isinstance(point, Point) and (point.backbone, point.cut) == ("resnet20", CUTS["resnet20"][where])]
+        ours, theirs = (
+            {(frozen(point), epochs_of_all(point)) for point in here if point.codec.kind == kind and not point.prune_epochs} for kind in ("rate", "bottlenet++")
+        )
+        assert theirs == ours
+    images = [point for point in points if isinstance(point, ImagePoint) and point.epochs]
+    assert min(of(point) for point in images) >= RATE_EPOCHS["first"][1], "from the reference, which had as many as the code that `rate` goes on from"

@@ -43,6 +43,14 @@ def test_seeds_of_one_configuration_are_one_place() -> None:
     assert [*front.get_xdata(), *front.get_ydata()] == [101, 0.89]
 
 
+def test_a_pruned_device_half_is_drawn_apart_from_the_whole_one() -> None:
+    point = {"backbone": "resnet56", "cut": "layer1.8", "codec": {"kind": "rate"}}
+    found = {"accuracy": 0.88, "payload_bits": {"mean": 100.0}}
+    rows = {name: {"point": point | {"prune_epochs": pruned}, "validation": found} for name, pruned in (("a, seed 0", 0), ("b, seed 0", 2))}
+    labels = legend(fronts({"points": rows, "references": {}}, "resnet56", CUTS["resnet56"]))
+    assert {"rate", "rate, device half pruned"} <= labels
+
+
 def test_each_link_rate_is_shaded_by_who_is_faster_there() -> None:
     split, local, image = "resnet20 layer3.2 rate 8ch, seed 0", "resnet20 device-only", "resnet20 webp q60"
     rates = {0.1: (local, 9.0, local, 9.0), 1.0: (split, 6.0, local, 9.0), 4.0: (split, 5.0, image, 4.0), 10.0: (image, 3.0, image, 3.0)}
