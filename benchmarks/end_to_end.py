@@ -45,7 +45,8 @@ class Way:
     """One way to classify: the ONNX halves, and how what crosses becomes bytes and back.
 
     `device` and `edge` are ONNX files (either may be missing); `sent` says what crosses: `symbols` by `tables`, an `image` in `image_format` at
-    `quality`, or `floats` as they are, of `shape`. `ours` are candidates, the rest baselines; `real_cut` is neither the raw input nor device-only.
+    `quality`, or `floats` as they are, of `shape`. `ours` are candidates, the rest baselines; `real_cut` is neither the raw input nor device-only. `holds` if
+    its accuracy does on test too: no other split is reported as the best.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Way:
     shape: tuple[int, ...] = ()
     image_format: Format = "webp"
     quality: int = 100
+    holds: bool = True
 
 
 class DeviceSide:
@@ -159,7 +161,7 @@ def total_ms(way: Way, parts: Mapping[str, float], slowdown: float, link: Link, 
 class Place:
     """A grid point: which way was picked by prediction, the best baseline by measurement, and what both take; `real_cut` if one of ours cuts there.
 
-    `cut` is the best of our real cuts by measurement, if there are any.
+    `cut` is the best of our real cuts that hold on test by measurement, if there are any.
     """
 
     slowdown: float
@@ -192,7 +194,7 @@ def grid(
         pick = min(good, key=lambda way: expected[way.name])
         baseline = min((way for way in good if not way.ours), key=lambda way: actual[way.name])
         times = actual[pick.name], expected[pick.name], baseline.name, actual[baseline.name]
-        cut = min((way.name for way in good if way.ours and way.real_cut), key=actual.__getitem__, default=None)
+        cut = min((way.name for way in good if way.ours and way.real_cut and way.holds), key=actual.__getitem__, default=None)
         places.append(Place(slowdown, rtt, rate, pick.name, *times, pick.ours and pick.real_cut, cut, cut and actual[cut]))
     return places
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from benchmarks.image_points import ImagePoint
 from benchmarks.pruned_points import PrunedPoint
 from benchmarks.results_file import RESULTS, ROOT, write
 from benchmarks.split_points import costs_key, reference, reference_weights
-from benchmarks.three_step_figures import LOSS, TOLERANCE, figures_of, near, pooled, pruned_pairs
+from benchmarks.three_step_figures import LOSS, TEST_LOSS, TOLERANCE, figures_of, near, pooled, pruned_pairs
 from benchmarks.three_step_points import CUTS, SEEDS, VECTOR, chains, every_point, uncoded
 from benchmarks.three_step_training import STATE, WEIGHTS, alone
 from benchmarks.three_step_ways import (
@@ -66,10 +66,12 @@ def run_end_to_end(raw: Raw) -> Raw:
     best, points = raw["references"]["resnet20"], {point.name: point for point in every_point()}
     train, validation = load_split("train"), load_split("validation")
     ways: list[Way] = []
+    means = {row["of_seeds"][0]["key"]: row for row in pooled(raw["points"])}
     for name, row in cheapest_alike(raw["points"], best).items():
-        found, point = row["validation"], points[name]
+        found, point, mean = row["validation"], points[name], means[row["key"]]
         build = of_image if isinstance(point, ImagePoint) else of_pruned if isinstance(point, PrunedPoint) else of_split
-        ways.append(build(point, found["accuracy"], found.get("frame_bytes", {"mean": 0.0})["mean"]))
+        way = build(point, found["accuracy"], found.get("frame_bytes", {"mean": 0.0})["mean"])
+        ways.append(replace(way, holds="test" in mean and near(mean, best, "test", TEST_LOSS)))
     weights = str(reference_weights(uncoded("resnet20")))
     network = build_backbone("resnet20", load_card().num_classes, 32, Path(weights)).eval()
     local = device_only(network, "resnet20 device-only", accuracy(network, validation), ours=False)
@@ -96,7 +98,7 @@ def run_end_to_end(raw: Raw) -> Raw:
             row = {name: getattr(place, name) for name in ("slowdown", "rate_mbps", "rtt_ms", "pick", "baseline", "cut")}
             row["computed_ms"] = {way.name: total_ms(way, measured[way.name], slowdown, link, classes) for way in compared}
             checked.append(row | {"ms": {name: [round(ms, 3) for ms in values] for name, values in times.items()}})
-    facts = [{"name": way.name, "accuracy": way.accuracy, "frame_bytes": way.frame_bytes, "ours": way.ours, "real_cut": way.real_cut} for way in ways]
+    facts = [{fact: getattr(way, fact) for fact in ("name", "accuracy", "frame_bytes", "ours", "real_cut", "holds", "sent")} for way in ways]
     pairs = {where: _pruned_pair(raw, points, cut) for where, cut in CUTS["resnet56"].items()}
     halves = {where: time_parts([way for _, way in pair], images[:TIMED_IMAGES], ROUNDS) for where, pair in pairs.items() if pair}
     pruned = {where: {name: parts["device_ms"] for name, parts in times.items()} for where, times in halves.items()}

@@ -217,7 +217,7 @@ def coder_figures(found: Raw) -> dict[str, Any]:
 
 
 def end_to_end_figures(raw: Raw) -> dict[str, Any]:
-    """The worst ratio over the grid, and the best speed-up of a real cut at each slowdown, null where that loses too much on test."""
+    """The worst ratio over the grid, and the best speed-up at each slowdown of a real cut that holds on test."""
     found = raw["end_to_end"]
     worst = max(found["grid"], key=lambda place: place["ratio"])
     at = "{pick} against {baseline} at slowdown {slowdown:g}, {rtt_ms:g} ms, {rate_mbps:.3g} Mbit/s"
@@ -242,17 +242,14 @@ def end_to_end_figures(raw: Raw) -> dict[str, Any]:
         real = [place for place in found["grid"] if place["slowdown"] == slowdown and place["cut"]]
         name = f"end_to_end_best_speedup.x{slowdown:g}"
         if not real:
-            figures[name] = figure(None, "ratio", "no split of ours is within 1 point on validation")
+            figures[name] = figure(None, "ratio", f"no split of ours is within 1 point on validation and {100 * TEST_LOSS:g} on test")
             continue
         best = min(real, key=lambda place: place["cut_ms"] / place["baseline_ms"])
         ratio, parts = best["baseline_ms"] / best["cut_ms"], found["measured"][best["cut"]]
-        row, reference = raw["points"][best["cut"].removesuffix(", int8")], raw["references"]["resnet20"]
-        judged = "test" in row and near(row, reference, "test", TEST_LOSS)
         how = (
             f"{best['baseline']} over {best['cut']} at slowdown {slowdown:g}, {best['rtt_ms']:g} ms, {best['rate_mbps']:.3g} Mbit/s: {ratio:.2f}; "
             f"{slowdown * (parts['device_ms'] + parts['encode_ms']):.1f} of the split's {best['cut_ms']:.1f} ms are the device's; "
             f"ours is picked at {sum(place['real_cut'] for place in real)} of {len(real)} places"
         )
-        how += "" if judged else f"; the split loses more than {100 * TEST_LOSS:g} points on test or was not judged there"
-        figures[name] = figure(ratio if judged else None, "ratio", how, n=len(real))
+        figures[name] = figure(ratio, "ratio", how, n=len(real))
     return figures

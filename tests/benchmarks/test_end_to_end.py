@@ -49,7 +49,9 @@ def test_what_is_below_the_floor_is_neither_picked_nor_a_baseline() -> None:
 def test_the_best_split_is_the_fastest_measured_of_ours_whatever_was_predicted() -> None:
     slower, theirs = replace(SPLIT, name="slower"), replace(SPLIT, name="theirs", ours=False)
     times = TIMES | {"slower": TIMES["split"] | {"encode_ms": 0.1}, "theirs": TIMES["split"] | {"device_ms": 0.1}}
-    for place in grid([IMAGE, LOCAL, slower, SPLIT, theirs], times | {"slower": dict.fromkeys(TIMES["split"], 0.0)}, times, 0.89, 10):
+    faster = replace(SPLIT, name="loses on test", holds=False)
+    times |= {faster.name: TIMES["split"] | {"device_ms": 0.1}}
+    for place in grid([IMAGE, LOCAL, slower, SPLIT, theirs, faster], times | {"slower": dict.fromkeys(TIMES["split"], 0.0)}, times, 0.89, 10):
         assert place.cut == "split"
 
 
