@@ -178,8 +178,8 @@ def test_the_best_split_is_reported_with_what_limits_it_whether_it_wins_or_not()
     def raw(*places: dict[str, Any]) -> dict[str, Any]:
         computed, took = {"jpeg": 50.0, "layer1.0, int8": 60.0}, {"jpeg": [55.0, 55.0], "layer1.0, int8": [66.0, 66.0]}
         measured = {"layer1.0, int8": {"device_ms": 0.5, "encode_ms": 0.25}}
-        timed = {"grid": places, "through_link": [{"computed_ms": computed, "ms": took}], "coder": [], "measured": measured, "ways": []}
-        return {"end_to_end": timed, "points": {}, "references": REFERENCES}
+        checked = [{"computed_ms": computed, "ms": took}]
+        return {"grid": places, "through_link": checked, "coder": [], "measured": measured, "ways": [], "by_profile": ["jpeg"]}
 
     found = end_to_end_figures(raw(place(1.0, 60.0), place(2.0, 80.0)))
     best = found["end_to_end_best_speedup.x40"]
@@ -187,6 +187,7 @@ def test_the_best_split_is_reported_with_what_limits_it_whether_it_wins_or_not()
     assert "jpeg over layer1.0, int8 at slowdown 40, 2 ms, 1 Mbit/s: 0.83; 30.0 of the split's 60.0 ms are the device's" in best["how"]
     assert best["how"].endswith("ours is picked at 0 of 2 places")
     assert found["end_to_end_best_speedup.x10"]["value"] is None
+    assert "predicted by the profile at 2 of 2 places" in found["end_to_end_worst_ratio"]["how"]
     assert found["through_link_over_computed"]["spread"] == pytest.approx([1.1, 1.1])
     assert end_to_end_figures(raw(place(1.0, None)))["end_to_end_best_speedup.x40"]["value"] is None, "none holds on test"
 
