@@ -100,7 +100,8 @@ def _chains() -> Iterator[Sequence[Any]]:
     yield _others("last", [CodecSpec("jscc-bsc", 8, 4, 8, noise=(0.01, 0.2))])
     yield _others("middle", [CodecSpec("multi-rate", 16, 4, 8, points=((16, 4), (12, 3), (8, 2)))])
     yield _whole((0.9, 0.8, 0.7), WHOLE_EPOCHS)
-    yield _pruned_small()
+    for pruned in _pruned_small():
+        yield [pruned]
     for where, cut in CUTS["resnet56"].items():
         weight, *further = LARGE_RATE[where]
         point = _large(cut, _rate(where, weight))
