@@ -35,6 +35,7 @@ RATES_MBPS = tuple(float(rate) for rate in np.geomspace(0.02, 20, 13))
 WARM, TIMED = 2, 4  # calls of a way's turn
 PARTS = ("device_ms", "encode_ms", "decode_ms", "edge_ms")
 BUNDLE_ID = b"bnch"
+INT8 = ", int8"  # ends the name of a way whose device half is
 
 Pixels = NDArray[np.uint8]
 Sent = Literal["symbols", "image", "floats", "nothing"]

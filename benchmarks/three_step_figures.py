@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.end_to_end import SLOWDOWNS
+from benchmarks.end_to_end import INT8, SLOWDOWNS
 from benchmarks.results_file import figure
 from benchmarks.three_step_points import CUTS
 
@@ -63,6 +63,11 @@ def pooled(points: Mapping[str, Raw]) -> list[Raw]:
     for name, row in points.items():
         found.setdefault(name.partition(", seed ")[0], []).append(row)
     return [_pooled(rows) for rows in found.values()]
+
+
+def of_first_seeds(points: Mapping[str, Raw]) -> dict[str, Raw]:
+    """The row of each configuration by the key of its first seed, which stands for it wherever only one is built."""
+    return {row["of_seeds"][0]["key"]: row for row in pooled(points)}
 
 
 def _pooled(rows: list[Raw]) -> Raw:
@@ -230,7 +235,7 @@ def end_to_end_figures(found: Raw) -> dict[str, Any]:
         figures["through_link_over_computed"] = figure(median(over), "ratio", how, n=len(over), spread=(min(over), max(over)))
     figures |= coder_figures(found)
     accuracies = {way["name"]: way["accuracy"] for way in found["ways"]}
-    pairs = [(name, f"{name}, int8") for name in accuracies if f"{name}, int8" in accuracies]
+    pairs = [(name, name + INT8) for name in accuracies if name + INT8 in accuracies]
     if pairs:
         speedups = [found["measured"][whole]["device_ms"] / found["measured"][int8]["device_ms"] for whole, int8 in pairs]
         lost = [100 * (accuracies[whole] - accuracies[int8]) for whole, int8 in pairs]

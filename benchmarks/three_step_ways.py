@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks import image_points, pruned_points
-from benchmarks.end_to_end import PARTS, Way, frame_size
+from benchmarks.end_to_end import INT8, PARTS, Way, frame_size
 from benchmarks.image_points import ImagePoint
 from benchmarks.pruned_points import PrunedPoint
 from benchmarks.split_points import TABLE_IMAGES, Point, cost, tables_of, trained
@@ -67,7 +67,7 @@ def in_int8(way: Way, train: Split, validation: Split) -> Way:
     logits = edge_session.run(None, {edge_session.get_inputs()[0].name: symbols})[0]
     right = float((logits.argmax(1) == validation[1].numpy()).mean())
     sizes = [len(coder.encode(code, tables)) for code in symbols]
-    return replace(way, name=f"{way.name}, int8", accuracy=right, frame_bytes=frame_size(sizes), device=device, tables=tables)
+    return replace(way, name=way.name + INT8, accuracy=right, frame_bytes=frame_size(sizes), device=device, tables=tables)
 
 
 def device_only_in_int8(way: Way, train: Split, validation: Split) -> Way:
@@ -78,7 +78,7 @@ def device_only_in_int8(way: Way, train: Split, validation: Split) -> Way:
     session = open_session(device, 2)
     logits = np.concatenate([session.run(None, {"image": preprocessing.tensor(part.numpy())})[0] for part in torch.split(validation[0], BATCH)])
     right = float((logits.argmax(1) == validation[1].numpy()).mean())
-    return replace(way, name=f"{way.name}, int8", accuracy=right, device=device)
+    return replace(way, name=way.name + INT8, accuracy=right, device=device)
 
 
 def expected_ms(way: Way, profile: DeviceProfile, backbone: nn.Module, point: Point | ImagePoint | PrunedPoint | None) -> dict[str, float] | None:
@@ -90,9 +90,9 @@ def expected_ms(way: Way, profile: DeviceProfile, backbone: nn.Module, point: Po
     common = HalfCosts("device-only", backbone_key("resnet20", way.image_size), cuts[-1].name, macs, reply_bytes=1)
     if way.sent == "image" and way.image_format == "webp":
         costs = replace(common, kind="edge-only", cut=cuts[0].name, block_macs={}, frame_bytes=way.frame_bytes, quality=way.quality)
-    elif way.sent == "nothing" and "int8" not in way.name:
+    elif way.sent == "nothing" and not way.name.endswith(INT8):
         costs = common
-    elif isinstance(point, Point) and way.ours and "int8" not in way.name:
+    elif isinstance(point, Point) and way.ours and not way.name.endswith(INT8):
         codec = trained(point).codec
         names = [cut.name for cut in cuts[1 : [cut.name for cut in cuts].index(point.cut) + 1]]
         coders = (count_macs(codec.encode, torch.zeros(1, *codec.feature_shape)), count_macs(codec.decode, torch.zeros(1, *codec.code_shape)))

@@ -11,7 +11,7 @@ from benchmarks.end_to_end import Place, Way
 from benchmarks.image_points import ImagePoint
 from benchmarks.noise import pam, sigma
 from benchmarks.split_points import Point, epochs_of_all
-from benchmarks.three_step import cheapest_alike, to_be_judged, worth_checking
+from benchmarks.three_step import cheapest_alike, places_of, to_be_judged, worth_checking
 from benchmarks.three_step_figures import coder_figures, end_to_end_figures, figures_of, pruning_figures
 from benchmarks.three_step_points import CUTS, EARLY_RATE, RATE_EPOCHS, VECTOR, every_point, uncoded
 from models.backbones import build_backbone
@@ -190,6 +190,23 @@ def test_the_best_split_is_reported_with_what_limits_it_whether_it_wins_or_not()
     assert "predicted by the profile at 2 of 2 places" in found["end_to_end_worst_ratio"]["how"]
     assert found["through_link_over_computed"]["spread"] == pytest.approx([1.1, 1.1])
     assert end_to_end_figures(raw(place(1.0, None)))["end_to_end_best_speedup.x40"]["value"] is None, "none holds on test"
+
+
+def test_a_split_is_no_longer_the_best_one_once_a_further_seed_shows_that_it_does_not_hold_on_test() -> None:
+    name = "split, seed 0"
+    parts = {"device_ms": 0.4, "encode_ms": 0.0, "decode_ms": 0.0, "edge_ms": 0.7}
+    times = {name: parts, f"{name}, int8": parts | {"device_ms": 0.2}, "local": parts | {"device_ms": 1.0}}
+    cut = {"accuracy": 0.9, "frame_bytes": 40, "ours": True, "real_cut": True, "sent": "symbols", "image_size": 32}
+    local = cut | {"name": "local", "frame_bytes": 0, "ours": False, "real_cut": False, "sent": "nothing"}
+    timed = {"classes": 10, "ways": [cut | {"name": name}, cut | {"name": f"{name}, int8"}, local], "predicted": times, "measured": times}
+
+    def best_cuts(*on_test: float | None) -> set[str | None]:
+        rows = {f"split, seed {seed}": split("rate", 100, 0.9, test) | {"key": str(seed)} for seed, test in enumerate(on_test)}
+        return {place.cut for place in places_of({"points": rows, "references": REFERENCES, "end_to_end": timed})}
+
+    assert best_cuts(0.87) == {f"{name}, int8"}
+    assert best_cuts(0.87, 0.85) == {None}
+    assert best_cuts(None) == {None}, "not judged yet"
 
 
 def test_the_coder_is_judged_on_whole_streams_and_timed_on_single_images() -> None:
