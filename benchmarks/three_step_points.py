@@ -33,11 +33,15 @@ DROPPED_SMALL, PRUNING_SMALL = 0.3, 1  # the same of ResNet-20
 WHOLE_EPOCHS, TWO_STEP_EPOCHS = 9, 3  # of each step in which a network without a codec is pruned, to stay on the device and to be cut
 IMAGES = (9, 3)  # epochs of the first image quality and of each after it, on from the reference
 QUALITIES_TRAINED = (70, 65, 60, 50, 40)
-UNIFORM = {"first": ((16, 4, 4), (16, 4, 3), (16, 4, 2)), "middle": ((32, 4, 4), (32, 4, 3), (32, 4, 2)), "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1))}
+UNIFORM = {
+    "first": ((16, 4, 4), (16, 4, 5), (16, 4, 3), (16, 4, 2)),
+    "middle": ((32, 4, 4), (32, 4, 5), (32, 4, 3), (32, 4, 2)),
+    "last": ((12, 4, 2), (8, 4, 2), (8, 4, 1)),
+}
 CODEBOOK = {"first": ((16, 4, 4),), "middle": ((32, 4, 4), (32, 4, 3)), "last": ((12, 4, 2), (8, 4, 1))}
 RATE = {  # rate weights
-    "first": (3e-4, 5e-4, 1.5e-4, 2.2e-4, 1e-4),
-    "middle": (7e-4, 4e-4, 1.4e-3, 5e-4, 2e-4),
+    "first": (3e-4, 5e-4, 1.5e-4, 2.2e-4, 1e-4, 5e-5),
+    "middle": (7e-4, 4e-4, 1.4e-3, 5e-4, 2e-4, 1e-4),
     "last": (1e-2, 4e-2, 8e-2, 1e-3),
 }
 FINISHED_RATE = 0.04, (0.08, 0.16)  # at the last cut: the one gone on from, and those that do
