@@ -22,10 +22,12 @@ from pipeline.files import atomic_write_json, atomic_write_text, read_json
 from pipeline.fingerprint import fingerprint
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths
-from pipeline.search.evaluator import Deployment, Evaluator
+from pipeline.search.costing import Deployment
+from pipeline.search.evaluator import Evaluator
 from pipeline.search.figure import pareto_figure
 from pipeline.search.optuna import search
 from pipeline.search.pareto import MEASURED, OBJECTIVES, Limits, Trial, baselines, cheapest, choose, feasible, non_dominated, point, trials_csv
+from pipeline.search.problem import Problem
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
@@ -56,8 +58,8 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     limits = Limits(evaluator.reference_accuracy - params.objective.max_accuracy_drop, target.memory_mb)
     journal = STUDIES / _study_key(params, device) / "journal.log"
 
-    space = evaluator.space()
-    for remark in evaluator.remarks():
+    space = evaluator.problem.space()
+    for remark in evaluator.problem.remarks():
         print(f"search {device}: of {params.backbone.name}, {remark}", file=sys.stderr)
     trials: list[Trial] = []
     proposals = search(space, evaluator.measure, limits, journal=journal, seed=params.run.seed, trials=settings.trials, sampler=settings.sampler)
@@ -108,7 +110,8 @@ def _evaluator(params: Params, device: str) -> Evaluator:
     backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
     profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
     deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, Link(target.link.rate_mbps, target.link.rtt_ms))
-    return Evaluator(backbone, cuts, load_split("train"), load_split("validation"), params.search, params.codec, deployment, params.run.seed)
+    problem = Problem(backbone, cuts, params.search, params.codec, profiles[0].channel_block)
+    return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed)
 
 
 def _study_key(params: Params, device: str) -> str:

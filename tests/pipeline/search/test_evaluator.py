@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.backbones import build_backbone
 from models.cutting import count_macs, cut_points, split
 from models.pruning import prune_head
 from pipeline.data import normalise
@@ -17,6 +16,7 @@ from pipeline.runtime.frame import OVERHEAD_BYTES
 from pipeline.runtime.images import encode_image
 from pipeline.search.candidate import Candidate
 from pipeline.search.evaluator import Evaluator
+from pipeline.search.problem import Problem
 from tests.pipeline.search.toy import deployment, pictures
 from tests.tiny import tiny_backbone
 
@@ -43,7 +43,8 @@ def make(trained, digits_params):
 
     def build(codec=None, **settings):
         search = digits_params.search.model_copy(update={"codec_steps": 12, "train_images": 128, "batch_size": 32} | settings)
-        return Evaluator(trained, cuts, pictures(200, 0), pictures(60, 1), search, codec or Codec(), deployment(cuts), seed=0)
+        problem = Problem(trained, cuts, search, codec or Codec(), channel_block=1)
+        return Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(cuts), seed=0)
 
     return build
 
@@ -86,7 +87,7 @@ def test_training_a_split_teaches_it(make):
 def test_batch_norms_know_the_final_weights(make, monkeypatch):
     evaluator = make()
     recalibrated = evaluator.measure(SPLIT, 1).accuracy
-    monkeypatch.setattr("pipeline.search.evaluator.recalibrated", lambda network, images, parts: network.eval())
+    monkeypatch.setattr("pipeline.search.trial_training.recalibrated", lambda network, images, parts: network.eval())
     assert recalibrated > evaluator.measure(SPLIT, 1).accuracy
 
 
@@ -114,7 +115,7 @@ def test_pruning_makes_the_device_half_smaller_and_faster(make):
 def test_the_macs_of_a_pruned_half_are_those_of_its_layers(make, trained):
     evaluator = make()
     head, _ = split(trained, EXAMPLE, "block1")
-    plan = prune_head(head, EXAMPLE, dict(SPLIT.keep), layers_up_to(evaluator.cuts, "block1"), cut_channels=True)[1]
+    plan = prune_head(head, EXAMPLE, dict(SPLIT.keep), layers_up_to(evaluator.problem.cuts, "block1"), cut_channels=True)[1]
     network = split_network(trained, EXAMPLE, SPLIT, plan)
     assert evaluator.measure(SPLIT, 1).device_macs == sum(count_macs(network.device_half().eval(), EXAMPLE).values())
 
@@ -122,7 +123,7 @@ def test_the_macs_of_a_pruned_half_are_those_of_its_layers(make, trained):
 @pytest.mark.parametrize("codec", ["codebook", "rate"])
 def test_every_codec_is_measured_like_the_first(make, codec):
     evaluator = make(codec=Codec(kind=codec), rate_weights=[0.0, 0.01])
-    assert evaluator.space().codec == codec
+    assert evaluator.problem.space().codec == codec
     rates = [0.0, 0.01] if codec == "rate" else [None]
     bits = [evaluator.measure(replace(SPLIT, codec=codec, rate_weight=rate), 1).payload_bits for rate in rates]
     assert 0 < bits[-1] <= bits[0] <= 4 * 8 * 8 * 3 + 8
@@ -131,7 +132,7 @@ def test_every_codec_is_measured_like_the_first(make, codec):
 @pytest.mark.parametrize(("kind", "bits"), [("raw-8bit", None), ("raw-fp32", 32 * 8 * 16 * 16), ("jscc-awgn", 4 * 8 * 8), ("jscc-bec", 8 * 4 * 8 * 8)])
 def test_what_is_only_compared_is_offered_and_measured_too(make, kind, bits):
     evaluator = make(codec=Codec(kind=kind), code_channels=[4], strides=[2], keep=[0.5, 1.0])
-    space = evaluator.space()
+    space = evaluator.problem.space()
     raw = kind.startswith("raw")
     assert space.codes["block1"] == (([8], [1]) if raw else ([4], [2]))
     assert bool(space.keep("block1")) != raw, "a feature that crosses as it is keeps its channels"
@@ -149,45 +150,16 @@ def test_vectors_are_cut_where_there_is_nothing_else(digits_params):
 
     def build(**changed):
         changed = settings.model_copy(update=changed)
-        return Evaluator(network, cuts, pictures(64, 0), pictures(20, 1), changed, Codec(kind="rate"), deployment(cuts), seed=0)
+        problem = Problem(network, cuts, changed, Codec(kind="rate"), channel_block=1)
+        return Evaluator(problem, pictures(64, 0), pictures(20, 1), deployment(cuts), seed=0)
 
     with pytest.raises(ParamsError, match=r"search\.strides\.1 is 2, which does not suit vectors, which all cuts give; choose a smaller one"):
-        build().space()
+        build().problem.space()
     evaluator = build(strides=[1], keep=[1.0])
-    codes = evaluator.space().codes
+    codes = evaluator.problem.space().codes
     assert ([4], [1]) in codes.values()
     cut = next(name for name, code in codes.items() if code == ([4], [1]))
     assert 0 < evaluator.measure(Candidate(cut, (), 4, 1, 4, codec="rate", rate_weight=0.0), 1).payload_bits <= 4 * 4 + 8
-
-
-def test_what_pools_a_map_to_a_vector_is_no_cut_for_a_codec(trained, digits_params):
-    cuts = cut_points(trained, EXAMPLE, "all")
-    assert any(len(cut.shape) == 1 for cut in cuts[1:-1])
-    settings = digits_params.search.model_copy(update={"code_channels": [4], "strides": [1]})
-    codes = Evaluator(trained, cuts, pictures(64, 0), pictures(20, 1), settings, Codec(), deployment(cuts), seed=0).space().codes
-    assert set(codes) == {cut.name for cut in cuts[1:-1] if len(cut.shape) == 3}
-
-
-def test_noise_that_is_none_of_the_channel_is_named(make):
-    with pytest.raises(ParamsError, match=r"codec\.noise: codec jscc-bsc: noise is 0\.1 to 0\.9; give two probabilities above 0"):
-        make(codec=Codec(kind="jscc-bsc", noise=[0.1, 0.9])).space()
-
-
-def test_what_of_the_settings_comes_to_nothing_is_said(digits_params, make):
-    network = build_backbone("shufflenet_v2_x0_5", 10, 32).eval()
-    cuts = cut_points(network, torch.zeros(1, 3, 32, 32))
-    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.arange(8)
-
-    def remarks(points, keep):
-        settings = digits_params.search.model_copy(update={"train_images": 8, "keep": keep, "strides": [1], "code_channels": [2]})
-        return Evaluator(network, points, images, images, settings, Codec(), deployment(points), seed=0).remarks()
-
-    said = "search.keep comes to nothing for the device halves that end at stage2.0, output: this device half cannot be pruned: it shuffles channels"
-    few = [point for point in cuts if point.name in ("input", "maxpool", "stage2.0", "output")]
-    assert [remark[: len(said)] for remark in remarks(few, [1.0, 0.5])] == [said]
-    assert not remarks(few, [1.0])
-    assert remarks([cuts[0], cuts[-1]], [1.0])[0].startswith("no cut gives a map or vector that a codec fits")
-    assert not make(keep=[0.5]).remarks()
 
 
 def test_edge_only_sends_webp(make):
@@ -200,32 +172,10 @@ def test_edge_only_sends_webp(make):
     assert lossless.device_params == lossless.device_macs == 0
 
 
-def test_only_what_can_run_is_offered(make):
-    space = make(keep=[0.05, 0.5], code_channels=[2, 12], strides=[1, 4, 8]).space()
-    assert space.codes == {"stem.2": ([2], [1, 4, 8]), "block1": ([2], [1, 4, 8]), "down.2": ([2, 12], [1, 4]), "block2": ([2, 12], [1, 4])}
-    assert space.keep("stem.2") == {"stem.2": (0.5, 1.0)}, "a codec follows, so the cut's own channels may go"
-    assert space.keep("block1") == {"stem.2": (0.5, 1.0), "block1": (0.5, 1.0)}, "0.05 of 8 channels is none"
-    assert set(space.keep("output")) == {"stem.2", "block1", "down.2", "block2"}
-    assert space.keep("output")["block2"] == (0.05, 0.5, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"code_channels": [4, 512]}, "search.code_channels.1 is 512, but no cut of 2x2 or more has over 16 channels; choose at most that"),
-        ({"strides": [32]}, "search.strides.0 is 32, which leaves less than 2x2 of the feature at every cut; choose a smaller one"),
-        ({"keep": [1.0, 0.01]}, "search.keep.1 is 0.01, which suits no block: keep ratio 0.01 of block stem.2 would leave layer stem.0"),
-    ],
-)
-def test_what_fits_nowhere_is_named(make, settings, words):
-    with pytest.raises(ParamsError, match=words):
-        make(**settings).space()
-
-
 def test_what_is_offered_can_be_measured(make):
     evaluator = make(codec_steps=1)
-    for cut, (channels, strides) in evaluator.space().codes.items():
-        keep = tuple((block, ratios[0]) for block, ratios in evaluator.legal_keep(cut).items())
+    for cut, (channels, strides) in evaluator.problem.space().codes.items():
+        keep = tuple((block, ratios[0]) for block, ratios in evaluator.problem.legal_keep(cut).items())
         measured = evaluator.measure(Candidate(cut, keep, channels[-1], strides[-1], 1), 1)
         assert all(math.isfinite(value) for value in measured.to_dict().values())
 
@@ -237,7 +187,7 @@ def test_pruning_a_layer_to_nothing_is_refused(make):
 
 def test_features_too_large_to_keep_give_the_same_measurement(make, monkeypatch):
     kept = make().measure(SPLIT, 1)
-    monkeypatch.setattr("pipeline.search.evaluator.FEATURE_CACHE_BYTES", 1)
+    monkeypatch.setattr("pipeline.search.trial_training.FEATURE_CACHE_BYTES", 1)
     fresh = make().measure(SPLIT, 1)
     assert (fresh.device_macs, fresh.device_params) == (kept.device_macs, kept.device_params)
     assert fresh.accuracy == pytest.approx(kept.accuracy, abs=0.1)

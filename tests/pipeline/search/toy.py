@@ -11,7 +11,7 @@ from torch import Tensor
 from models.cutting import CutPoint
 from pipeline.costs.device_profile import BackboneProfile, Block, CoderTimes, DeviceProfile, Point, Spread, backbone_key, shape_key
 from pipeline.costs.link import Link
-from pipeline.search.evaluator import Deployment
+from pipeline.search.costing import Deployment
 
 KEY = backbone_key("tests.tiny:tiny_backbone", 16)
 

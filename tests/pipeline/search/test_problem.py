@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from models.backbones import build_backbone
+from models.cutting import cut_points
+from pipeline.errors import ParamsError
+from pipeline.params import Codec
+from pipeline.search.problem import Problem
+from tests.tiny import tiny_backbone
+
+EXAMPLE = torch.zeros(1, 3, 16, 16)
+
+
+@pytest.fixture
+def problem(digits_params):
+    def build(codec=None, **settings):
+        network = tiny_backbone(10, 16)
+        return Problem(network, cut_points(network.eval(), EXAMPLE), digits_params.search.model_copy(update=settings), codec or Codec(), channel_block=1)
+
+    return build
+
+
+def test_what_pools_a_map_to_a_vector_is_no_cut_for_a_codec(digits_params):
+    network = tiny_backbone(10, 16).eval()
+    cuts = cut_points(network, EXAMPLE, "all")
+    assert any(len(cut.shape) == 1 for cut in cuts[1:-1])
+    settings = digits_params.search.model_copy(update={"code_channels": [4], "strides": [1]})
+    codes = Problem(network, cuts, settings, Codec(), channel_block=1).space().codes
+    assert set(codes) == {cut.name for cut in cuts[1:-1] if len(cut.shape) == 3}
+
+
+def test_noise_that_is_none_of_the_channel_is_named(problem):
+    with pytest.raises(ParamsError, match=r"codec\.noise: codec jscc-bsc: noise is 0\.1 to 0\.9; give two probabilities above 0"):
+        problem(codec=Codec(kind="jscc-bsc", noise=[0.1, 0.9])).space()
+
+
+def test_what_of_the_settings_comes_to_nothing_is_said(digits_params, problem):
+    network = build_backbone("shufflenet_v2_x0_5", 10, 32).eval()
+    cuts = cut_points(network, torch.zeros(1, 3, 32, 32))
+
+    def remarks(points, keep):
+        settings = digits_params.search.model_copy(update={"train_images": 8, "keep": keep, "strides": [1], "code_channels": [2]})
+        return Problem(network, points, settings, Codec(), channel_block=1).remarks()
+
+    said = "search.keep comes to nothing for the device halves that end at stage2.0, output: this device half cannot be pruned: it shuffles channels"
+    few = [point for point in cuts if point.name in ("input", "maxpool", "stage2.0", "output")]
+    assert [remark[: len(said)] for remark in remarks(few, [1.0, 0.5])] == [said]
+    assert not remarks(few, [1.0])
+    assert remarks([cuts[0], cuts[-1]], [1.0])[0].startswith("no cut gives a map or vector that a codec fits")
+    assert not problem(keep=[0.5]).remarks()
+
+
+def test_only_what_can_run_is_offered(problem):
+    space = problem(keep=[0.05, 0.5], code_channels=[2, 12], strides=[1, 4, 8]).space()
+    assert space.codes == {"stem.2": ([2], [1, 4, 8]), "block1": ([2], [1, 4, 8]), "down.2": ([2, 12], [1, 4]), "block2": ([2, 12], [1, 4])}
+    assert space.keep("stem.2") == {"stem.2": (0.5, 1.0)}, "a codec follows, so the cut's own channels may go"
+    assert space.keep("block1") == {"stem.2": (0.5, 1.0), "block1": (0.5, 1.0)}, "0.05 of 8 channels is none"
+    assert set(space.keep("output")) == {"stem.2", "block1", "down.2", "block2"}
+    assert space.keep("output")["block2"] == (0.05, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"code_channels": [4, 512]}, "search.code_channels.1 is 512, but no cut of 2x2 or more has over 16 channels; choose at most that"),
+        ({"strides": [32]}, "search.strides.0 is 32, which leaves less than 2x2 of the feature at every cut; choose a smaller one"),
+        ({"keep": [1.0, 0.01]}, "search.keep.1 is 0.01, which suits no block: keep ratio 0.01 of block stem.2 would leave layer stem.0"),
+    ],
+)
+def test_what_fits_nowhere_is_named(problem, settings, words):
+    with pytest.raises(ParamsError, match=words):
+        problem(**settings).space()
