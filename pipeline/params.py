@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -103,6 +104,13 @@ class Finetune(Training):
         return self
 
 
+class Power(Section):
+    board: Literal["raspberry-pi-4", "jetson-nano"] = Field("raspberry-pi-4", description="whose published power stands for what is not given here")
+    cpu_w: NonNegative | None = Field(None, description="W of the whole device while one core computes")
+    tx_w: NonNegative | None = Field(None, description="W while it sends")
+    idle_w: NonNegative | None = Field(None, description="W while it waits")
+
+
 class LinkParams(Section):
     rate_mbps: Positive = Field(description="Mbit/s (1e6), each way")
     rtt_ms: NonNegative = Field(description="round-trip propagation")
@@ -115,6 +123,7 @@ class Device(Section):
     edge_slowdown: float = Field(1, ge=1, allow_inf_nan=False, description="the edge is this many times slower than its profile")
     memory_mb: Positive = Field(description="what the device half may need: weights and largest activations")
     link: LinkParams = Field(description="between device and edge")
+    power: Power = Field(Power(), description="of the device, from which energy is predicted")
 
 
 class Search(Section):
@@ -148,6 +157,23 @@ class Search(Section):
 class Objective(Section):
     minimize: Literal["latency_ms", "wire_bytes", "energy_mj"] = Field(description="what the chosen candidate has least of")
     max_accuracy_drop: float = Field(ge=0, lt=1, description="below the unsplit backbone, on validation")
+    max_latency_ms: Positive | None = Field(None, description="end to end; null = any")
+    latency_rates_mbps: list[Positive] = Field([], description="link rates at which max_latency_ms must hold; none = the device's link.rate_mbps")
+    latency_probabilities: list[Fraction] = Field([], description="of these rates, which sum to 1; none = it must hold at each of them")
+    latency_share: Fraction = Field(0.95, description="of requests, by these probabilities, that must be within max_latency_ms")
+    max_energy_mj: Positive | None = Field(None, description="of the device, an image; null = any")
+    max_bundle_mb: Positive | None = Field(None, description="MB (1e6 bytes) of the bundle's networks; null = any")
+
+    @model_validator(mode="after")
+    def _rates(self) -> Self:
+        if self.max_latency_ms is None and (self.latency_rates_mbps or self.latency_probabilities):
+            raise ValueError("latency_rates_mbps says where max_latency_ms must hold, and that is not set; set it, or leave the rates out")
+        if self.latency_probabilities and len(self.latency_probabilities) != len(self.latency_rates_mbps):
+            given = f"latency_rates_mbps has {len(self.latency_rates_mbps)} values and latency_probabilities {len(self.latency_probabilities)}"
+            raise ValueError(f"{given}; give one for each rate")
+        if self.latency_probabilities and not math.isclose(sum(self.latency_probabilities), 1, abs_tol=1e-6):
+            raise ValueError(f"latency_probabilities sum to {sum(self.latency_probabilities):g}; they must sum to 1")
+        return self
 
 
 class Evaluate(Section):

@@ -27,10 +27,26 @@ class PowerModel:
                 raise ProfileError(f"power {name} is {value}; give a number of watts, 0 or more.")
 
 
-# Raspberry Pi 4 Model B, whole board at the supply. Idle and all four cores busy: 2.7 W and 6.4 W, J. Geerling's Raspberry Pi Dramble, "Power Consumption
-# Benchmarks" (pidramble.com, 540 mA and 1280 mA at 5 V; chipwired.com/raspberry-pi-power-use found 2.2-3.0 W and 5.1-6.3 W with three meters).
-# [ref] One busy core is taken as idle plus a quarter of the difference, and sending over Wi-Fi as idle plus 0.7 W, around which published figures vary widely.
-RASPBERRY_PI_4 = PowerModel(cpu_w=2.7 + (6.4 - 2.7) / 4, tx_w=2.7 + 0.7, idle_w=2.7)
+# Whole boards at the supply, in W. Published: idle and all four cores busy, and where from. [ref], ours: one busy core is idle plus a quarter of the
+# difference, and sending over Wi-Fi is idle plus 0.7 W, around which published figures vary widely. docs/own-device.md has the table.
+# Raspberry Pi 4 Model B: J. Geerling, Raspberry Pi Dramble, "Power Consumption Benchmarks" (pidramble.com, 540 mA and 1280 mA at 5 V);
+# chipwired.com/raspberry-pi-power-use found 2.2-3.0 W and 5.1-6.3 W with three meters.
+# Jetson Nano, 10 W mode, GPU asleep: S. Vayrette, saltylab-firmware, "Jetson Nano Power Budget Analysis" (gitea.vayrette.com: module idle 1.9 W, its four
+# cores 1.0 W of that and 3.5 W under load), within the budgets of NVIDIA's "Power Management for Jetson Nano" (docs.nvidia.com). No network card included.
+WIFI_W = 0.7
+BOARDS: Mapping[str, tuple[float, float]] = {"raspberry-pi-4": (2.7, 6.4), "jetson-nano": (1.9, 1.9 - 1.0 + 3.5)}
+
+
+def board(name: str) -> PowerModel:
+    """The power of one of `BOARDS`, computing on one core.
+
+    Raises:
+        ProfileError: an unknown board.
+    """
+    if name not in BOARDS:
+        raise ProfileError(f"board {name} is unknown; choose one of {', '.join(BOARDS)}, or give watts of your own.")
+    idle_w, busy_w = BOARDS[name]
+    return PowerModel(cpu_w=idle_w + (busy_w - idle_w) / 4, tx_w=idle_w + WIFI_W, idle_w=idle_w)
 
 
 def energy_mj(parts: Mapping[str, float], power: PowerModel, tx_ms: float) -> float:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from pipeline.costs.energy import RASPBERRY_PI_4, PowerModel, energy_mj
+from pipeline.costs.energy import BOARDS, PowerModel, board, energy_mj
 from pipeline.errors import ProfileError
 
+PI = board("raspberry-pi-4")
 PARTS = {"device_ms": 10.0, "encode_ms": 2.0, "link_ms": 30.0, "decode_ms": 1.0, "edge_ms": 4.0, "total_ms": 47.0}
 
 
@@ -16,16 +17,23 @@ def test_each_part_is_charged_at_its_own_power() -> None:
 
 def test_device_only_is_charged_for_computing_alone() -> None:
     parts = {"device_ms": 10.0, "encode_ms": 0.0, "link_ms": 0.0, "decode_ms": 0.0, "edge_ms": 0.0, "total_ms": 10.0}
-    assert energy_mj(parts, RASPBERRY_PI_4, tx_ms=0) == pytest.approx(RASPBERRY_PI_4.cpu_w * 10)
+    assert energy_mj(parts, PI, tx_ms=0) == pytest.approx(PI.cpu_w * 10)
 
 
-def test_a_pi_draws_least_when_it_waits() -> None:
-    assert RASPBERRY_PI_4.idle_w < min(RASPBERRY_PI_4.tx_w, RASPBERRY_PI_4.cpu_w)
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_board_draws_least_when_it_waits(name: str) -> None:
+    power = board(name)
+    assert 0 < power.idle_w < min(power.tx_w, power.cpu_w)
+
+
+def test_an_unknown_board_is_named() -> None:
+    with pytest.raises(ProfileError, match="board abacus is unknown; choose one of raspberry-pi-4, jetson-nano"):
+        board("abacus")
 
 
 def test_sending_longer_than_the_link_was_used_is_refused() -> None:
     with pytest.raises(ProfileError, match=r"transmit_ms"):
-        energy_mj(PARTS, RASPBERRY_PI_4, tx_ms=31)
+        energy_mj(PARTS, PI, tx_ms=31)
 
 
 @pytest.mark.parametrize("watts", [-1, math.nan, math.inf])
