@@ -53,7 +53,7 @@ def quantise(model: bytes, batches: Iterable[NDArray[np.float32]]) -> bytes:
                 images,
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
-                # 7 bits a weight: on x86 without VNNI two products of 8-bit weights are summed in 16 bits, which saturate, and another processor answers otherwise
+                # 7 bits a weight: on x86 without VNNI products of 8-bit weights are summed in 16 bits, which saturate: another processor answers otherwise
                 reduce_range=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
