@@ -131,7 +131,7 @@ def test_a_codec_learns_and_uses_its_levels(kind: str, bits: int) -> None:
     feature = feature_of_three_causes()
     codec = symbol_codec(kind, (8, 8, 8), 6, 1, bits)
     assert train(codec, feature) < (0.45 if bits == 1 else 0.2)
-    assert len(codec.quantise(codec.encode(feature)).unique()) >= 0.8 * 2**bits
+    assert len(codec.quantise(codec.encode(feature)).unique()) >= 0.75 * 2**bits
 
 
 @pytest.mark.parametrize("kind", CODECS)

@@ -54,13 +54,14 @@ def test_calibration_on_nothing_is_refused(half: bytes, batches: list[np.ndarray
         quantise(half, batches)
 
 
-def test_a_whole_network_with_a_mean_over_axes_can_be_quantised(tiny_backbone: nn.Module) -> None:
+def test_a_whole_network_with_a_mean_over_axes_can_be_quantised() -> None:
     class Pooled(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return nn.functional.adaptive_avg_pool2d(images, 1).flatten(1)
 
+    torch.manual_seed(0)
     model = export_onnx(nn.Sequential(nn.Conv2d(3, 8, 3), Pooled()), torch.zeros(2, 3, 16, 16), input_name="image", output_name="symbols")
-    assert np.abs(symbols(model) - symbols(quantise(model, [IMAGES]))).max() < 0.1
+    assert np.abs(symbols(model) - symbols(quantise(model, [IMAGES]))).max() < 0.01, "on a processor without VNNI too"
 
 
 def test_what_is_no_model_is_refused_as_such() -> None:
