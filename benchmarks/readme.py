@@ -22,7 +22,8 @@ from pipeline.plots import latency_against_rate, latency_breakdown
 from pipeline.report import heading
 from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.figure import pareto_figure
-from pipeline.search.pareto import Limits, Trial
+from pipeline.search.limits import Limits
+from pipeline.search.pareto import Trial
 
 BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20", "three-step": "three_step", "pruning": "pruned-half"}
 TARGETS = ("README.md", "docs/split.md")
@@ -156,13 +157,13 @@ def pipeline_table(results: dict[str, Any]) -> str:
 
 
 def _trial(row: dict[str, str]) -> Trial:
-    """A row of trials.csv."""
+    """A row of trials.csv; what was not measured yet when it was written is NaN."""
     candidate = {
         field.name: row[field.name] or None if field.name in WORDS else json.loads(row[field.name] or "null")
         for field in fields(Candidate)
         if field.name in row
     }
-    measured = {field.name: float(row[field.name]) for field in fields(Measurement)} if row["accuracy"] else None
+    measured = {field.name: float(row.get(field.name, "nan")) for field in fields(Measurement)} if row["accuracy"] else None
     return Trial(
         int(row["number"]),
         Candidate.from_dict(candidate),

@@ -126,7 +126,7 @@ class Measurement:
 
     `accuracy` is top-1 in [0, 1]. Sizes are means per image (METHODS 1): coded payload, frame, and bytes on the wire.
     Times are predicted (METHODS 4); `link_ms` holds the round trip and the reply. MACs, parameters and memory are the device's,
-    memory being fp32 weights plus the largest activation, in MB (1e6 bytes).
+    memory being fp32 weights plus the largest activation, in MB (1e6 bytes); the bundle's networks hold `bundle_mb` of weights.
     """
 
     accuracy: float
@@ -143,6 +143,7 @@ class Measurement:
     device_macs: int
     device_params: int
     device_memory_mb: float
+    bundle_mb: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,23 +12,24 @@ from torch import Tensor, nn
 
 from models.cutting import count_macs
 from pipeline.costs.device_profile import DeviceProfile
-from pipeline.costs.energy import RASPBERRY_PI_4, energy_mj
+from pipeline.costs.energy import PowerModel, energy_mj
 from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_frame_bytes
 from pipeline.costs.link import Link, wire_bytes
 from pipeline.networks import layers_up_to
 from pipeline.runtime.frame import OVERHEAD_BYTES
-from pipeline.search.candidate import Candidate, Measurement
+from pipeline.search.candidate import Candidate, Measurement, Precision
 from pipeline.search.problem import Problem
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """Where a candidate would run: the two profiles, the backbone's key in them, and the link."""
+    """Where a candidate would run: the two profiles, the backbone's key in them, the link, and what the device draws."""
 
     backbone_key: str
     device: DeviceProfile
     edge: DeviceProfile
     link: Link
+    power: PowerModel
 
 
 class Costing:
@@ -67,7 +68,13 @@ class Costing:
         return with_frame
 
     def measurement(
-        self, costs_of: Callable[[float], HalfCosts], accuracy: float, payload_sizes: Sequence[int], device_params: int, memory_bytes: int
+        self,
+        costs_of: Callable[[float], HalfCosts],
+        accuracy: float,
+        payload_sizes: Sequence[int],
+        device_params: int,
+        memory_bytes: int,
+        bundle_bytes: int,
     ) -> Measurement:
         frames = [size + OVERHEAD_BYTES for size in payload_sizes]
         frame_bytes = float(np.mean(frames)) if frames else 0.0
@@ -79,10 +86,11 @@ class Costing:
             payload_bits=8 * float(np.mean(payload_sizes)) if frames else 0.0,
             frame_bytes=frame_bytes,
             wire_bytes=float(np.mean([wire_bytes(frame) for frame in frames])) if frames else 0.0,
-            energy_mj=energy_mj(parts, RASPBERRY_PI_4, self.deployment.link.transmit_ms(mean_wire_bytes(frame_bytes)) if frames else 0.0),
+            energy_mj=energy_mj(parts, self.deployment.power, self.deployment.link.transmit_ms(mean_wire_bytes(frame_bytes)) if frames else 0.0),
             device_macs=int(sum(costs.block_macs.values()) + costs.encoder_macs),
             device_params=device_params,
             device_memory_mb=memory_bytes / 1e6,
+            bundle_mb=bundle_bytes / 1e6,
         )
 
     def block_macs(self, network: nn.Module, cut: str) -> dict[str, float]:
@@ -98,6 +106,11 @@ class Costing:
 
 def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def weight_bytes(network: nn.Module, precision: Precision = "fp32") -> int:
+    """What `network` holds of a bundle."""
+    return parameters(network) * (1 if precision == "int8" else 4)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from pipeline.inference import accuracy, outputs
 from pipeline.networks import split_network, tables_of
 from pipeline.runtime import coder
 from pipeline.search.candidate import Candidate, Measurement
-from pipeline.search.costing import Costing, Deployment, memory_bytes, parameters
+from pipeline.search.costing import Costing, Deployment, memory_bytes, parameters, weight_bytes
 from pipeline.search.problem import Problem
 from pipeline.search.trial_training import SAMPLE_IMAGES, TrialTraining
 
@@ -53,14 +53,17 @@ class Evaluator:
         images, labels = self.validation
         received, files = Sent("webp", quality).and_files(images)
         costs = self.costing.half_costs(candidate, {}, quality=quality)
-        return self.costing.measurement(costs, accuracy(self.problem.backbone, (received, labels)), [len(file) for file in files], 0, 4 * images[0].numel())
+        sizes = [len(file) for file in files]
+        right, bundle_bytes = accuracy(self.problem.backbone, (received, labels)), 2 * weight_bytes(self.problem.backbone)  # the edge's, and the device's own
+        return self.costing.measurement(costs, right, sizes, 0, 4 * images[0].numel(), bundle_bytes)
 
     def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
         network = rebuild(self.problem.head(candidate.cut), self.problem.plan(candidate.cut, dict(candidate.keep)))
         if candidate.keep:
             self.training.run(network, None, trial_seed, pruned=True)
         costs = self.costing.half_costs(candidate, self.costing.block_macs(network, candidate.cut))
-        return self.costing.measurement(costs, accuracy(network, self.validation), [], parameters(network), memory_bytes(network, self.problem.example))
+        memory = memory_bytes(network, self.problem.example)
+        return self.costing.measurement(costs, accuracy(network, self.validation), [], parameters(network), memory, weight_bytes(network))
 
     def _measure_split(self, candidate: Candidate, trial_seed: int) -> Measurement:
         assert candidate.bits is not None
@@ -85,7 +88,9 @@ class Evaluator:
             symbols=code.numel() if coded else 0,
         )
         on_device = network.device_half() if coded else nn.Sequential(network.head, codec.encode).eval()
-        return self.costing.measurement(costs, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example))
+        on_edge = nn.Sequential(codec.decode, network.tail)
+        bundle_bytes = weight_bytes(on_device, candidate.precision) + weight_bytes(on_edge) + weight_bytes(self.problem.backbone)
+        return self.costing.measurement(costs, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example), bundle_bytes)
 
     def _through_coder(self, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
         """Accuracy on validation by what the edge makes of integer symbols, and the coded bytes of some of its images."""

@@ -8,7 +8,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from pipeline.search.pareto import Limits, Trial, feasible, non_dominated
+from pipeline.search.limits import Limits
+from pipeline.search.pareto import Trial, feasible, non_dominated
 
 
 def pareto_figure(trials: Sequence[Trial], limits: Limits, chosen: Trial, baselines: Sequence[Trial], device: str) -> Figure:
@@ -25,7 +26,7 @@ def pareto_figure(trials: Sequence[Trial], limits: Limits, chosen: Trial, baseli
         shown = [m for trial, m in measured if (trial.number in allowed) == inside]
         if not shown:
             continue
-        label = "within the limits" if inside else "below the floor or too large for the device's memory"
+        label = "within the limits" if inside else "beyond a limit"
         across, up = [m.total_ms for m in shown], [100 * m.accuracy for m in shown]
         dots = axes.scatter(across, up, c=[m.wire_bytes for m in shown], norm=scale, marker=marker, label=label)
         if inside:

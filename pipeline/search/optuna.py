@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import CoinferError, ModelError, ParamsError
 from pipeline.search.candidate import INPUT, OUTPUT, Candidate, Measurement, Precision
-from pipeline.search.pareto import OBJECTIVES, Limits, Trial, not_finite
+from pipeline.search.limits import Limits
+from pipeline.search.pareto import OBJECTIVES, Trial, not_finite
 
 RANDOM_TRIALS = 5  # after the baselines, before TPE has enough to learn from
 POPULATION = 16

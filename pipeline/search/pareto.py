@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pipeline.errors import CoinferError
 from pipeline.search.candidate import Candidate, Measurement
+from pipeline.search.limits import TOLERANCE, Limits, binding
 
 OBJECTIVES: Mapping[str, Literal["maximize", "minimize"]] = {"accuracy": "maximize", "total_ms": "minimize", "wire_bytes": "minimize"}
 MEASURED = {"latency_ms": "total_ms", "wire_bytes": "wire_bytes", "energy_mj": "energy_mj"}  # objective.minimize -> field
-# Floors are differences of floats: 0.8 - 0.1 lies above 0.7.
-TOLERANCE = 1e-9
+NEAREST = 3  # candidates named where none is within the limits
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,6 @@ class Trial:
     measurement: Measurement | None
     duplicate_of: int | None = None
     failure: str | None = None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a candidate must keep: an accuracy floor (top-1 on validation) and the device's memory (MB, 1e6 bytes)."""
-
-    floor: float
-    memory_mb: float
-
-    def violations(self, measurement: Measurement) -> dict[str, float]:
-        """How far each limit is missed, at most 0 where it is kept: points of accuracy, and memory as a fraction of what there is."""
-        return {"accuracy": self.floor - measurement.accuracy - TOLERANCE, "memory": measurement.device_memory_mb / self.memory_mb - 1}
-
-    def allow(self, measurement: Measurement) -> bool:
-        return all(missed <= 0 for missed in self.violations(measurement).values())
 
 
 def costs(measurement: Measurement) -> tuple[float, ...]:
@@ -83,7 +68,7 @@ def choose(trials: Sequence[Trial], limits: Limits, minimize: str) -> Trial:
     """The cheapest point of the feasible Pareto set.
 
     Raises:
-        CoinferError: nothing is feasible; names the binding limit and the nearest candidate.
+        CoinferError: nothing is feasible; names the binding limits and the nearest candidates.
     """
     pareto = non_dominated(feasible(trials, limits))
     if pareto:
@@ -96,16 +81,15 @@ def choose(trials: Sequence[Trial], limits: Limits, minimize: str) -> Trial:
         assert trial.measurement is not None
         return {name: value for name, value in limits.violations(trial.measurement).items() if value > 0}
 
-    nearest = min(measured, key=lambda trial: (sum(missed(trial).values()), trial.number))
-    assert nearest.measurement is not None
-    short = {
-        "accuracy": f"accuracy {nearest.measurement.accuracy:.4f} lies below the floor {limits.floor:.4f} (raise objective.max_accuracy_drop)",
-        "memory": f"it needs {nearest.measurement.device_memory_mb:.3g} MB of the device's {limits.memory_mb:.3g} MB (raise memory_mb)",
-    }
-    raise CoinferError(
-        f"none of {len(measured)} candidates is within the limits; the nearest is {nearest.candidate.label()}: "
-        f"{' and '.join(short[name] for name in missed(nearest))}, or give the search more trials."
-    )
+    def described(trial: Trial) -> str:
+        assert trial.measurement is not None
+        return f"{trial.candidate.label()}: {' and '.join(limits.described(name, trial.measurement) for name in missed(trial))}"
+
+    own = [trial for trial in measured if trial.duplicate_of is None]
+    nearest = sorted(own, key=lambda trial: (sum(missed(trial).values()), trial.number))[:NEAREST]
+    why = binding([trial.measurement for trial in own if trial.measurement is not None], limits)
+    found = f"none of {len(own)} candidates is within the limits: {why}; nearest are {'; '.join(map(described, nearest))}"
+    raise CoinferError(f"{found}. Loosen a limit, or give the search more trials.")
 
 
 def trials_csv(trials: Sequence[Trial], limits: Limits) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,18 +15,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.backbones import build_backbone
 from models.cutting import CutPoint
 from pipeline.costs.device_profile import DeviceProfile, backbone_key
+from pipeline.costs.energy import PowerModel, board
 from pipeline.costs.link import Link
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted
 from pipeline.files import atomic_write_json, atomic_write_text, read_json
 from pipeline.fingerprint import fingerprint
-from pipeline.params import Params
+from pipeline.params import Params, Power
 from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths
 from pipeline.search.costing import Deployment
 from pipeline.search.evaluator import Evaluator
 from pipeline.search.figure import pareto_figure
+from pipeline.search.limits import Limits
 from pipeline.search.optuna import search
-from pipeline.search.pareto import MEASURED, OBJECTIVES, Limits, Trial, baselines, cheapest, choose, feasible, non_dominated, point, trials_csv
+from pipeline.search.pareto import MEASURED, OBJECTIVES, Trial, baselines, cheapest, choose, feasible, non_dominated, point, trials_csv
 from pipeline.search.problem import Problem
 
 if TYPE_CHECKING:
@@ -53,9 +55,9 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
         Interrupted: Ctrl-C; finished trials are kept.
     """
     torch.set_num_threads(params.run.threads)
-    settings, target, paths, minimize = params.search, params.device(device), DevicePaths(device), params.objective.minimize
+    settings, paths, minimize = params.search, DevicePaths(device), params.objective.minimize
     evaluator = _evaluator(params, device)
-    limits = Limits(evaluator.reference_accuracy - params.objective.max_accuracy_drop, target.memory_mb)
+    limits = Limits.of(params, device, evaluator.reference_accuracy, evaluator.costing.classes)
     journal = STUDIES / _study_key(params, device) / "journal.log"
 
     space = evaluator.problem.space()
@@ -109,9 +111,16 @@ def _evaluator(params: Params, device: str) -> Evaluator:
     cuts = [CutPoint.from_dict({field.name: row[field.name] for field in fields(CutPoint)}) for row in rows]
     backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
     profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
-    deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, Link(target.link.rate_mbps, target.link.rtt_ms))
+    link, power = Link(target.link.rate_mbps, target.link.rtt_ms), power_of(target.power)
+    deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, link, power)
     problem = Problem(backbone, cuts, params.search, params.codec, profiles[0].channel_block)
     return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed)
+
+
+def power_of(given: Power) -> PowerModel:
+    """The board's published power, but for what is given."""
+    known = given.model_dump(include={"cpu_w", "tx_w", "idle_w"}, exclude_none=True)
+    return replace(board(given.board), **known)
 
 
 def _study_key(params: Params, device: str) -> str:
@@ -121,10 +130,10 @@ def _study_key(params: Params, device: str) -> str:
     known = {
         "run": params.run.model_dump(),
         "backbone": params.backbone.name,
-        "device": [device, params.device(device).memory_mb, params.device(device).link.model_dump()],
+        "device": [device, params.device(device).model_dump(include={"memory_mb", "link", "power"})],
         "search": params.search.model_dump(exclude={"trials"}),
         "codec": params.codec.model_dump(),
-        "max_accuracy_drop": params.objective.max_accuracy_drop,
+        "limits": params.objective.model_dump(exclude={"minimize"}),
         "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
         "code": fingerprint(CODE, params.backbone.name),
     }

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.search.candidate import Candidate, Measurement
+from pipeline.search.limits import Limits
 from pipeline.search.optuna import Space, search
-from pipeline.search.pareto import Limits, trials_csv
+from pipeline.search.pareto import trials_csv
 
 LIMITS = Limits(floor=0.7, memory_mb=5)
 SPACE = Space(
@@ -26,7 +27,17 @@ SPACE = Space(
 def measurement(accuracy: float, total_ms: float, wire_bytes: float, memory_mb: float = 1.0) -> Measurement:
     parts = {"device_ms": total_ms, "encode_ms": 0.0, "link_ms": 0.0, "decode_ms": 0.0, "edge_ms": 0.0}
     sizes = {"payload_bits": 8 * wire_bytes, "frame_bytes": wire_bytes, "wire_bytes": wire_bytes}
-    return Measurement(accuracy=accuracy, total_ms=total_ms, energy_mj=total_ms, device_macs=1, device_params=1, device_memory_mb=memory_mb, **parts, **sizes)
+    return Measurement(
+        accuracy=accuracy,
+        total_ms=total_ms,
+        energy_mj=total_ms,
+        device_macs=1,
+        device_params=1,
+        device_memory_mb=memory_mb,
+        bundle_mb=2 * memory_mb,
+        **parts,
+        **sizes,
+    )
 
 
 def fake_measure(candidate: Candidate, trial_seed: int) -> Measurement:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import CoinferError
 from pipeline.search.candidate import Candidate
-from pipeline.search.pareto import Limits, Trial, baselines, choose, costs, feasible, non_dominated, trials_csv
+from pipeline.search.limits import Limits
+from pipeline.search.pareto import Trial, baselines, choose, costs, feasible, non_dominated, trials_csv
 from tests.pipeline.search.fakes import measurement
 
 LIMITS = Limits(floor=0.7, memory_mb=2)
@@ -59,12 +60,14 @@ def test_failed_and_reused_trials_are_never_chosen():
 
 
 def test_nothing_within_memory_names_memory_and_the_nearest():
-    with pytest.raises(CoinferError, match=r"nearest is cut 2ch /1 2bit: it needs 3 MB of the device's 2 MB \(raise memory_mb\)"):
+    with pytest.raises(
+        CoinferError, match=r"none keeps the limit on memory; nearest are cut 2ch /1 2bit: it needs 3 MB of the device's 2 MB \(memory_mb\); cut 1ch"
+    ):
         choose([trial(0, memory_mb=9), trial(1, memory_mb=3)], LIMITS, "latency_ms")
 
 
 def test_nothing_above_the_floor_names_the_floor_and_the_nearest():
-    with pytest.raises(CoinferError, match=r"nearest is cut 1ch /1 2bit: accuracy 0.6900 lies below the floor 0.7000 \(raise objective.max_accuracy_drop\)"):
+    with pytest.raises(CoinferError, match=r"limit on accuracy; nearest are cut 1ch /1 2bit: accuracy 0.6900 lies below the floor 0.7000 \(objective"):
         choose([trial(0, 0.69), trial(1, 0.5)], LIMITS, "latency_ms")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.cutting import CutPoint
 from pipeline.costs.device_profile import BackboneProfile, Block, CoderTimes, DeviceProfile, Point, Spread, backbone_key, shape_key
+from pipeline.costs.energy import board
 from pipeline.costs.link import Link
 from pipeline.search.costing import Deployment
 
@@ -32,7 +33,7 @@ def profile(cuts: Sequence[CutPoint], ms_per_mmac: float) -> DeviceProfile:
 
 
 def deployment(cuts: Sequence[CutPoint]) -> Deployment:
-    return Deployment(KEY, profile(cuts, 20), profile(cuts, 1), Link(rate_mbps=1, rtt_ms=1))
+    return Deployment(KEY, profile(cuts, 20), profile(cuts, 1), Link(rate_mbps=1, rtt_ms=1), board("raspberry-pi-4"))
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,7 @@ def test_other_inputs_are_another_study(prepared, digits_fields, digits_params, 
 
 def test_a_device_too_small_for_everything_names_memory(prepared, digits_fields, tracker, quick):
     digits_fields["devices"]["camera"]["memory_mb"] = 1e-6
-    with pytest.raises(CoinferError, match=r"none of .* nearest is .* MB of the device's 1e-06 MB \(raise memory_mb\)"):
+    with pytest.raises(CoinferError, match=r"none keeps the limit on memory; nearest are .* MB of the device's 1e-06 MB \(memory_mb\)"):
         run(parse_params(digits_fields), "camera", tracker)
     assert not PATHS.chosen.exists()
 
