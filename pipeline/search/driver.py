@@ -41,11 +41,13 @@ class _Search:
         self.first: dict[Candidate, Trial | None] = {}  # None: in flight
         self.waiting: dict[Candidate, list[int]] = {}  # proposals of what is in flight
         self.flying: dict[int, Job] = {}
+        self.held = False  # until something finishes
 
     def run(self) -> Iterator[Trial]:
         yield from self._replay()
         while True:
-            while self._more() and len(self.flying) < self.executor.workers:
+            self.held = False
+            while not self.held and len(self.flying) < self.executor.workers and self._more():
                 yield from self._start()
             if not self.flying:
                 return
@@ -91,6 +93,7 @@ class _Search:
             self.executor.submit(self.flying[number])
         elif (seen := self.first[candidate]) is None:
             self.waiting.setdefault(candidate, []).append(number)
+            self.held = True  # a searcher that is sure of itself would go on to propose just that
         else:
             yield self._done(_repeated(number, seen))
 

@@ -1,4 +1,4 @@
-"""Optuna's samplers as searchers, by ask and tell. A study in memory is fed only trials that are finished; what was asked leaves no trace in it."""
+"""Optuna's samplers as searchers, by ask and tell. A study in memory is fed only trials that are finished; they learn nothing of what was asked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from pipeline.search.candidate import INPUT, Candidate
@@ -16,65 +16,79 @@ from pipeline.search.simple import random_pick
 from pipeline.search.space import Space
 
 RANDOM_TRIALS = 5  # after the baselines, before TPE has enough to learn from
-POPULATION = 16
+POPULATION = 10
+TRIES, RANDOM_TRIES = 10, 100  # to find a candidate not seen before
 
 
 class _Study:
-    """A study in memory that remembers what the last trial told was."""
+    """A study in memory, and a way out for a sampler that proposes what was told already: ask it again, in the end draw at random."""
 
     def __init__(self, space: Space, limits: Limits, *, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space, self.limits, self.seed = space, limits, seed
         self.study = optuna.create_study(directions=list(OBJECTIVES.values()))
-        self._repeated = False
+        self._told: set[Candidate] = set()
 
-    def _stuck(self, trial: Trial) -> bool:
-        """Note whether `trial` was proposed before; then the next proposal is a random one, for a sampler that repeats itself would do so again."""
-        self._repeated = trial.duplicate_of is not None
-        return self._repeated
+    def ask(self, number: int) -> Candidate:
+        sampler_seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        self.study.sampler = self._sampler(sampler_seed)
+        for _ in range(TRIES):
+            trial, candidate = self._propose()
+            self.study.tell(trial, state=TrialState.FAIL)
+            if candidate not in self._told:
+                return candidate
+        pick = random_pick(self.seed, number)
+        for _ in range(RANDOM_TRIES):
+            candidate = self.space.suggest(pick)
+            if candidate not in self._told:
+                break
+        return candidate
 
-    def _objectives(self, trial: Trial) -> tuple[list[float], dict[str, float]]:
-        """Values and constraints of a measured `trial`."""
-        assert trial.measurement is not None
-        return [getattr(trial.measurement, name) for name in OBJECTIVES], self.limits.violations(trial.measurement)
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.candidate)
+        if trial.duplicate_of is None and trial.measurement is not None:
+            constraints = self.limits.violations(trial.measurement)
+            self._add(trial, [getattr(trial.measurement, name) for name in OBJECTIVES], constraints)
 
-    def _sampler_seed(self, number: int) -> int:
-        return int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+    def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        raise NotImplementedError
+
+    def _propose(self) -> tuple[optuna.Trial, Candidate]:
+        raise NotImplementedError
+
+    def _add(self, trial: Trial, values: list[float], constraints: dict[str, float]) -> None:
+        raise NotImplementedError
 
 
 class TpeSearcher(_Study):
     """Tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011), many-objective and constrained, a parameter at a time."""
 
-    def ask(self, number: int) -> Candidate:
-        if self._repeated:
-            return self.space.suggest(random_pick(self.seed, number))
-        startup = len(self.space.baselines()) + RANDOM_TRIALS
-        self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=self._sampler_seed(number))
+    def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        return optuna.samplers.TPESampler(n_startup_trials=len(self.space.baselines()) + RANDOM_TRIALS, seed=seed)
+
+    def _propose(self) -> tuple[optuna.Trial, Candidate]:
         trial = self.study.ask()
 
         def pick(name: str, choices: Sequence[Any]) -> Any:
-            distribution = _categorical(choices)
-            return choices[distribution.choices.index(trial.suggest_categorical(_name(name, choices), distribution.choices))]
+            place = _name(name, choices)
+            distribution = _distribution(choices)
+            if isinstance(distribution, IntDistribution):
+                return choices[trial.suggest_int(place, distribution.low, distribution.high)]
+            return choices[int(trial.suggest_categorical(place, range(len(choices))))]
 
-        candidate = self.space.suggest(pick)
-        self.study.tell(trial, state=TrialState.FAIL)
-        return candidate
+        return trial, self.space.suggest(pick)
 
-    def tell(self, trial: Trial) -> None:
-        self._stuck(trial)
-        if trial.measurement is None:
-            return
+    def _add(self, trial: Trial, values: list[float], constraints: dict[str, float]) -> None:
         params: dict[str, Any] = {}
-        distributions: dict[str, Any] = {}
+        distributions: dict[str, BaseDistribution] = {}
         chosen = self.space.choices(trial.candidate)
 
         def pick(name: str, choices: Sequence[Any]) -> Any:
-            distribution = distributions[_name(name, choices)] = _categorical(choices)
-            params[_name(name, choices)] = distribution.choices[list(choices).index(chosen[name])]
+            distributions[_name(name, choices)] = _distribution(choices)
+            params[_name(name, choices)] = list(choices).index(chosen[name])
             return chosen[name]
 
         self.space.suggest(pick)
-        values, constraints = self._objectives(trial)
         self.study.add_trial(create_trial(values=values, params=params, distributions=distributions, constraints=constraints))
 
 
@@ -93,18 +107,18 @@ class NsgaSearcher(_Study):
         for cut in space.cuts:
             names |= {f"keep {name}": None for name in (space.keep(cut) if cut != INPUT else ())}
         names |= dict.fromkeys(("code_channels", "stride", "bits", "rate_weight", "precision"))
+        self._measured = 0
+        self._counter = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
         self._genes: dict[str, BaseDistribution] = {name: FloatDistribution(0, 1) for name in names}
 
-    def ask(self, number: int) -> Candidate:
-        if self._repeated:
-            return self.space.suggest(random_pick(self.seed, number))
-        trial = self._next(self._sampler_seed(number))
-        self.study.tell(trial, state=TrialState.FAIL)
-        return self.space.suggest(lambda name, choices: choices[min(int(trial.params[name] * len(choices)), len(choices) - 1)])
+    def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
 
-    def tell(self, trial: Trial) -> None:
-        if self._stuck(trial) or trial.measurement is None:
-            return
+    def _propose(self) -> tuple[optuna.Trial, Candidate]:
+        trial = self.study.ask(self._genes)
+        return trial, self.space.suggest(lambda name, choices: choices[min(int(trial.params[name] * len(choices)), len(choices) - 1)])
+
+    def _add(self, trial: Trial, values: list[float], constraints: dict[str, float]) -> None:
         unread = np.random.default_rng([self.seed, trial.number])
         genes = {name: float(unread.random()) for name in self._genes}
         chosen = self.space.choices(trial.candidate)
@@ -114,17 +128,17 @@ class NsgaSearcher(_Study):
             return chosen[name]
 
         self.space.suggest(pick)
+        self.study.sampler = self._counter
         self.study.enqueue_trial(genes)
-        told = self._next(0)
-        values, constraints = self._objectives(trial)
+        told = self.study.ask(self._genes)
+        (running,) = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._counter.get_trial_generation(self.study, running)  # writes it down; Optuna does so only where it draws something
         for name, missed in constraints.items():
             told.set_constraint(name, missed)
         self.study.tell(told, values)
-
-    def _next(self, sampler_seed: int) -> optuna.Trial:
-        """The next trial of the study: one that is enqueued, else a child."""
-        self.study.sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=sampler_seed)
-        return self.study.ask(self._genes)
+        self._measured += 1
+        if self._measured % POPULATION == 0:  # Optuna remembers parents in another order than it first draws from, so it may draw once for nothing
+            self.study.tell(self.study.ask(self._genes), state=TrialState.FAIL)
 
 
 def _name(name: str, choices: Sequence[Any]) -> str:
@@ -132,6 +146,8 @@ def _name(name: str, choices: Sequence[Any]) -> str:
     return f"{name} {'|'.join(map(str, choices))}"
 
 
-def _categorical(choices: Sequence[Any]) -> CategoricalDistribution:
-    # Optuna takes numbers and words: an image's format and quality become one word.
-    return CategoricalDistribution([choice if isinstance(choice, (int, float, str)) else " ".join(map(str, choice)) for choice in choices])
+def _distribution(choices: Sequence[Any]) -> CategoricalDistribution | IntDistribution:
+    """Of the place among `choices`: an ordered one where these are numbers."""
+    if len(choices) > 1 and all(isinstance(choice, (int, float)) for choice in choices):
+        return IntDistribution(0, len(choices) - 1)
+    return CategoricalDistribution(range(len(choices)))
