@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,18 +10,18 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from pipeline.search.candidate import INPUT, Candidate
+from pipeline.search.candidate import Candidate
 from pipeline.search.pareto import OBJECTIVES, Limits, Trial
 from pipeline.search.simple import random_pick
 from pipeline.search.space import Space
 
-RANDOM_TRIALS = 5  # after the baselines, before TPE has enough to learn from
+RANDOM_TRIALS = 5  # after the device-only baseline, before TPE has enough to learn from
 POPULATION = 10
-TRIES, RANDOM_TRIES = 10, 100  # to find a candidate not seen before
+TRIES, NEIGHBOURS, NEIGHBOURS_EACH = 3, 100, 10  # to find a candidate not told of: by the sampler, then near what it proposes, so many with each distance
 
 
 class _Study:
-    """A study in memory, and a way out for a sampler that proposes what was told already: ask it again, in the end draw at random."""
+    """A study in memory, and a way out for a sampler that proposes what was told already: ask it again, in the end take a neighbour."""
 
     def __init__(self, space: Space, limits: Limits, *, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -37,18 +37,27 @@ class _Study:
             self.study.tell(trial, state=TrialState.FAIL)
             if candidate not in self._told:
                 return candidate
-        pick = random_pick(self.seed, number)
-        for _ in range(RANDOM_TRIES):
+        return self._neighbour(candidate, number)
+
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.candidate)
+        if trial.duplicate_of is None and trial.measurement is not None and trial.candidate.cut in self.space.cuts:
+            constraints = self.limits.violations(trial.measurement)
+            self._add(trial, [getattr(trial.measurement, name) for name in OBJECTIVES], constraints)
+
+    def _neighbour(self, candidate: Candidate, number: int) -> Candidate:
+        """One that was not told, by drawing parameters of `candidate` at random: first one, then ever more; if there is none, the last that was drawn."""
+        chosen, draw = self.space.choices(candidate), random_pick(self.seed, number)
+        for tried in range(NEIGHBOURS):
+            kept = chosen.keys() - {draw("parameter", list(chosen)) for _ in range(1 + tried // NEIGHBOURS_EACH)}
+
+            def pick(name: str, choices: Sequence[Any], kept: Collection[str] = kept) -> Any:
+                return chosen[name] if name in kept and chosen[name] in choices else draw(name, choices)
+
             candidate = self.space.suggest(pick)
             if candidate not in self._told:
                 break
         return candidate
-
-    def tell(self, trial: Trial) -> None:
-        self._told.add(trial.candidate)
-        if trial.duplicate_of is None and trial.measurement is not None:
-            constraints = self.limits.violations(trial.measurement)
-            self._add(trial, [getattr(trial.measurement, name) for name in OBJECTIVES], constraints)
 
     def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         raise NotImplementedError
@@ -64,7 +73,7 @@ class TpeSearcher(_Study):
     """Tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011), many-objective and constrained, a parameter at a time."""
 
     def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
-        return optuna.samplers.TPESampler(n_startup_trials=len(self.space.baselines()) + RANDOM_TRIALS, seed=seed)
+        return optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS + 1, seed=seed)
 
     def _propose(self) -> tuple[optuna.Trial, Candidate]:
         trial = self.study.ask()
@@ -103,9 +112,9 @@ class NsgaSearcher(_Study):
 
     def __init__(self, space: Space, limits: Limits, *, seed: int) -> None:
         super().__init__(space, limits, seed=seed)
-        names = {"cut": None, "image": None}  # a dict for its order
+        names = {"cut": None}  # a dict for its order
         for cut in space.cuts:
-            names |= {f"keep {name}": None for name in (space.keep(cut) if cut != INPUT else ())}
+            names |= {f"keep {name}": None for name in space.keep(cut)}
         names |= dict.fromkeys(("code_channels", "stride", "bits", "rate_weight", "precision"))
         self._measured = 0
         self._counter = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)

@@ -37,7 +37,7 @@ class UniformSearcher(RandomSearcher):
     def ask(self, number: int) -> Candidate:
         draw = random_pick(self.seed, number)
         cut = draw("cut", self.space.cuts)
-        offered = {name: ratios for name, ratios in self._keep(cut).items() if 0 not in ratios}
+        offered = {name: ratios for name, ratios in self.space.keep(cut).items() if 0 not in ratios}
         ratio = draw("keep", sorted({ratio for ratios in offered.values() for ratio in ratios} or {1.0}))
 
         def pick(name: str, choices: Sequence[Any]) -> Any:
@@ -46,6 +46,3 @@ class UniformSearcher(RandomSearcher):
             return 1.0 if 0 in choices else min(choices, key=lambda choice: abs(choice - ratio))
 
         return self.space.suggest_at(cut, pick)
-
-    def _keep(self, cut: str) -> dict[str, Sequence[float]]:
-        return {} if cut == self.space.cuts[0] else dict(self.space.keep(cut))

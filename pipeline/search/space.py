@@ -38,7 +38,8 @@ class Space:
 
     @property
     def cuts(self) -> list[str]:
-        return [INPUT, *self.codes, OUTPUT]
+        """The cuts there is something to search at. Sending the image is none: every way to do so is a baseline, and known before the first question."""
+        return [*self.codes, OUTPUT]
 
     def suggest(self, pick: Pick) -> Candidate:
         """Ask for one parameter after the other, only for those that the earlier ones leave open."""
