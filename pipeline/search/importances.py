@@ -50,7 +50,8 @@ def importances(trials: Sequence[Trial], space: Space, seed: int) -> Importances
 
         if len({target(trial) for trial in study.trials}) == 1:
             return dict.fromkeys(distributions, 0.0)
-        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(n_trees=TREES, seed=seed), target=target)
+        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(n_trees=TREES, seed=seed), target=target)
+        return {name: float(share) for name, share in found.items()}
 
     return {name: explain(place) for place, name in enumerate(TARGETS)}
 
