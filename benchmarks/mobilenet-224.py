@@ -26,7 +26,7 @@ EDITS: dict[str, dict[str, Any]] = {
     "data": {"source": "folder", "path": "data/large", "image_size": 224},
     "backbone": {"name": "mobilenet_v3_small"},
     "pretrain": TRAINING,
-    "search": {"trials": 5, "codec_steps": 4, "train_images": 64, "batch_size": 16, "keep": [0.5, 1.0], "bits": [2, 4], "webp_qualities": [90, 30]},
+    "search": {"trials": 5, "codec_steps": 4, "train_images": 64, "batch_size": 16, "keep": [0.5, 1.0], "bits": [2, 4], "images": {"webp": [90, 30]}},
     "objective": {"max_accuracy_drop": 0.9, "minimize": "wire_bytes"},
     "finetune": TRAINING,
     "evaluate": {"latency_images": 20, "warmup_images": 2},

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import ParamsError
 from pipeline.paths import PARAMS
+from pipeline.runtime.images import LOSSLESS, Format
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -128,7 +129,16 @@ class Device(Section):
 
 class Search(Section):
     trials: Count = Field(description="evaluations, baselines not counted")
-    sampler: Literal["tpe", "nsga2"] = Field("tpe", description="Optuna's sampler")
+    method: Literal["tpe", "nsga2", "random", "uniform", "ddpg"] = Field(
+        "tpe", description="what proposes candidates; `uniform` keeps one fraction of all channels and draws the rest at random"
+    )
+    executor: Literal["local", "ray"] = Field("local", description="where candidates are evaluated: on this machine, or by actors of a Ray cluster")
+    workers: int = Field(
+        1, ge=1, le=256, description="evaluations at a time, each with `run.threads` / workers threads; tpe, nsga2 and ddpg then vary a little"
+    )
+    ray_address: str | None = Field(
+        None, description="`HOST:PORT` of the cluster for executor `ray`; its machines need this folder under the same path and the same packages"
+    )
     codec_steps: Count = Field(description="training steps of one trial")
     train_images: Count = Field(description="training images a trial draws from")
     batch_size: Count = Field(64, description="images a step")
@@ -137,16 +147,36 @@ class Search(Section):
         "blocks", description="where to cut: after each block, or wherever a single tensor crosses; `all` needs a profile measured so"
     )
     keep: list[Annotated[float, Field(ge=0, le=1)]] = Field(
-        min_length=1, description="kept fractions of a block's prunable channels; 0 drops blocks with a shortcut"
+        min_length=1, description="kept fractions of each group of channels that can only be pruned together; 0 drops blocks with a shortcut"
     )
     code_channels: list[Count] = Field(min_length=1, description="channels of the code")
     strides: list[Literal[1, 2, 4, 8]] = Field(min_length=1, description="spatial strides of the encoder")
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field(min_length=1, description="bits a symbol")
-    precision: Literal["fp32", "int8"] = Field("fp32", description="of the device half of a split; times are predicted for fp32 in either case")
+    precision: list[Literal["fp32", "int8"]] = Field(["fp32"], min_length=1, description="of the device half of a split; times are predicted for fp32")
     rate_weights: list[NonNegative] = Field([1e-4, 1e-3], min_length=1, description="codec `rate`: loss per coded bit of an image")
-    webp_qualities: list[Annotated[int, Field(ge=1, le=100)]] = Field(min_length=1, description="edge-only baselines; 100 = lossless")
+    images: dict[Format, list[Annotated[int, Field(ge=1, le=100)]]] = Field(
+        min_length=1, description="edge-only baselines, `FORMAT: [QUALITY, ...]`; formats webp, jpeg, jpeg-bare and png; 100 = lossless"
+    )
 
-    @field_validator("keep", "code_channels", "strides", "bits", "rate_weights", "webp_qualities")
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if (self.executor == "ray") != (self.ray_address is not None):
+            raise ValueError(f"executor is {self.executor} and ray_address {self.ray_address}; give executor ray an address, and local none")
+        return self
+
+    @field_validator("images")
+    @classmethod
+    def _images(cls, images: dict[Format, list[int]]) -> dict[Format, list[int]]:
+        for name, qualities in images.items():
+            if not qualities or len(set(qualities)) != len(qualities):
+                raise ValueError(f"{name} has {'no quality' if not qualities else 'a quality twice'}; name each once")
+            if name == "png" and qualities != [LOSSLESS]:
+                raise ValueError(f"png is lossless; give it the quality {LOSSLESS} alone")
+            if name.startswith("jpeg") and LOSSLESS in qualities:
+                raise ValueError(f"{name} is never lossless; choose qualities of at most {LOSSLESS - 1}")
+        return images
+
+    @field_validator("keep", "code_channels", "strides", "bits", "precision", "rate_weights")
     @classmethod
     def _distinct(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) != len(values):

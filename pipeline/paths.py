@@ -38,6 +38,8 @@ class DevicePaths:
         self.trials = self.root / "search" / "trials.csv"
         self.pareto = self.root / "search" / "pareto.json"
         self.chosen = self.root / "search" / "chosen.json"
+        self.progress = self.root / "search" / "progress.csv"
+        self.importances = self.root / "search" / "importances.csv"
         self.split_weights = self.root / "finetune" / "split.safetensors"
         self.split_spec = self.root / "finetune" / "split.json"
         self.reference_weights = self.root / "finetune" / "reference.safetensors"

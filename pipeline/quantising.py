@@ -61,7 +61,7 @@ def quantise(model: bytes, batches: Iterable[NDArray[np.float32]]) -> bytes:
             )
         except Exception as error:  # it raises many unrelated kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"the device half cannot be quantised to int8 ({reason}); set search.precision to fp32.") from error
+            raise ModelError(f"the device half cannot be quantised to int8 ({reason}); set search.precision to [fp32].") from error
         return canonical_bytes(onnx.load(quantised))
 
 

@@ -16,6 +16,7 @@ from pipeline.errors import BundleError
 from pipeline.files import atomic_directory
 from pipeline.runtime.coder import CodecTables
 from pipeline.runtime.frame import BUNDLE_ID_BYTES
+from pipeline.runtime.images import FORMATS, Format
 from pipeline.runtime.preprocess import Preprocessing
 
 SCHEMA_VERSION = 3
@@ -97,8 +98,20 @@ class Bundle:
 
     @property
     def quality(self) -> int:
-        """WebP quality an edge-only device sends at; 100 is lossless."""
+        """Image quality an edge-only device sends at; 100 is lossless."""
         return int(self.manifest["candidate"]["quality"])
+
+    @property
+    def image_format(self) -> Format:
+        """What an edge-only device sends images as.
+
+        Raises:
+            BundleError: a format that this version does not know.
+        """
+        name: Format = self.manifest["candidate"].get("image_format", "webp")  # bundles written before there was a choice name none
+        if name not in FORMATS:
+            raise BundleError(f"{self.path} sends images as {name}, this version knows {', '.join(FORMATS)}; export the bundle again.")
+        return name
 
     @property
     def code_shape(self) -> tuple[int, int, int]:

@@ -121,7 +121,7 @@ class DeviceHalf:
         pixels = self._pixels(picture, watch)
         if self._bundle.kind == "edge-only":
             with watch.part("encode_ms"):
-                return pack(encode_image(pixels, "webp", self._bundle.quality), self._bundle.bundle_id, Kind.IMAGE)
+                return pack(encode_image(pixels, self._bundle.image_format, self._bundle.quality), self._bundle.bundle_id, Kind.IMAGE)
         half = self._half or self._bundle.session(DEVICE, self._threads)  # the latter says which kind lacks it
         symbols = self._infer(half, pixels, watch)
         with watch.part("encode_ms"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import multiprocessing
 import signal
 import socket
@@ -15,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.errors import CoinferError, FrameError
 from pipeline.runtime.bundle import EDGE, Bundle
 from pipeline.runtime.coder import decode
 from pipeline.runtime.frame import Frame, Kind, pack, unpack
+from pipeline.runtime.images import open_lazily
 from pipeline.runtime.timing import Stopwatch, timed
 from pipeline.runtime.transport import receive_frame
 
@@ -82,14 +81,14 @@ class EdgeHalf:
     def _decode_image(self, payload: bytes) -> NDArray[np.uint8]:
         size = self._bundle.preprocessing.image_size
         try:
-            with Image.open(io.BytesIO(payload), formats=["WEBP"]) as image:
+            with open_lazily(payload, self._bundle.image_format, self._bundle.quality) as image:
                 if image.size != (size, size):  # known before a pixel is decoded, so no small file can fill the memory
                     raise FrameError(f"image is {image.size[0]}x{image.size[1]} where the bundle takes {size}x{size}; send what its preprocessing gives.")
                 return self._bundle.preprocessing.pixels(image)[None]
         except FrameError:
             raise
         except Exception as error:  # Pillow raises many unrelated kinds on bytes that are no image
-            raise FrameError(f"payload of {len(payload)} bytes is not a WebP image ({error}); send the image again.") from error
+            raise FrameError(f"payload of {len(payload)} bytes is no {self._bundle.image_format} image ({error}); send the image again.") from error
 
 
 class _Connection(socketserver.BaseRequestHandler):

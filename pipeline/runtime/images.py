@@ -17,6 +17,7 @@ Format = Literal["webp", "jpeg", "jpeg-bare", "png"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 LOSSLESS = 100
 HUFFMAN_TABLE = 0xC4
+PILLOW_NAMES: dict[Format, str] = {"webp": "WEBP", "jpeg": "JPEG", "jpeg-bare": "JPEG", "png": "PNG"}
 TABLES = (0xDB, HUFFMAN_TABLE)  # DQT, DHT
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 WEBP_CONTAINER_BYTES = 20  # RIFF, size, WEBP, chunk name, chunk size
@@ -45,11 +46,16 @@ def open_encoded(data: bytes, image_format: Format, quality: int) -> Image.Image
         DataError: the bytes are no such picture.
     """
     try:
-        picture = Image.open(io.BytesIO(_with_tables(data, quality) if image_format == "jpeg-bare" else data))
+        picture = open_lazily(data, image_format, quality)
         picture.load()
     except Exception as error:  # Pillow raises many unrelated kinds
         raise DataError(f"{image_format} of {len(data)} bytes cannot be decoded ({error}); send the image again.") from error
     return picture
+
+
+def open_lazily(data: bytes, image_format: Format, quality: int) -> Image.Image:
+    """As `open_encoded`, but no pixel is decoded yet: the size is known first. Pillow raises many unrelated kinds on bytes that are no such picture."""
+    return Image.open(io.BytesIO(_with_tables(data, quality) if image_format == "jpeg-bare" else data), formats=[PILLOW_NAMES[image_format]])
 
 
 def container_bytes(data: bytes, image_format: Format) -> int:

@@ -15,6 +15,7 @@ from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.energy import PowerModel, energy_mj
 from pipeline.costs.latency import HalfCosts, mean_wire_bytes, predict, reply_frame_bytes
 from pipeline.costs.link import Link, wire_bytes
+from pipeline.errors import ProfileError
 from pipeline.networks import layers_up_to
 from pipeline.runtime.frame import OVERHEAD_BYTES
 from pipeline.search.candidate import Candidate, Measurement, Precision
@@ -49,7 +50,15 @@ class Costing:
         symbols: int = 0,
         quality: int | None = None,
     ) -> Callable[[float], HalfCosts]:
-        """All that latency needs but the mean frame size, which is still to come."""
+        """All that latency needs but the mean frame size, which is still to come.
+
+        Raises:
+            ProfileError: an image format that profiles hold no times of.
+        """
+        if candidate.image_format not in (None, "webp"):
+            raise ProfileError(
+                f"search.images has {candidate.image_format}, but device profiles hold the times of webp alone, so its latency cannot be told; leave it out."
+            )
 
         def with_frame(frame_bytes: float) -> HalfCosts:
             return HalfCosts(

@@ -43,16 +43,16 @@ class Evaluator:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial_seed)
-            if candidate.quality is not None:
-                return self._measure_edge_only(candidate, candidate.quality)
+            if candidate.image_format is not None and candidate.quality is not None:
+                return self._measure_edge_only(candidate, Sent(candidate.image_format, candidate.quality))
             if candidate.kind == "device-only":
                 return self._measure_device_only(candidate, trial_seed)
             return self._measure_split(candidate, trial_seed)
 
-    def _measure_edge_only(self, candidate: Candidate, quality: int) -> Measurement:
+    def _measure_edge_only(self, candidate: Candidate, sent: Sent) -> Measurement:
         images, labels = self.validation
-        received, files = Sent("webp", quality).and_files(images)
-        costs = self.costing.half_costs(candidate, {}, quality=quality)
+        costs = self.costing.half_costs(candidate, {}, quality=sent.quality)
+        received, files = sent.and_files(images)
         sizes = [len(file) for file in files]
         right, bundle_bytes = accuracy(self.problem.backbone, (received, labels)), 2 * weight_bytes(self.problem.backbone)  # the edge's, and the device's own
         return self.costing.measurement(costs, right, sizes, 0, 4 * images[0].numel(), bundle_bytes)

@@ -1,8 +1,8 @@
-"""The picture of a search."""
+"""The pictures of a search."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from pipeline.search.limits import Limits
 from pipeline.search.pareto import Trial, feasible, non_dominated
+from pipeline.search.progress import Point
 
 
 def pareto_figure(trials: Sequence[Trial], limits: Limits, chosen: Trial, baselines: Sequence[Trial], device: str) -> Figure:
@@ -55,4 +56,29 @@ def pareto_figure(trials: Sequence[Trial], limits: Limits, chosen: Trial, baseli
     axes.set_ylabel("top-1 accuracy on validation, %")
     axes.set_title(f"{device}: {len(measured)} candidates measured", fontsize="medium")
     figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def hypervolume_figure(points: Sequence[Point], device: str, method: str) -> Figure:
+    """Hypervolume against evaluations beyond the baselines."""
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.step([point.evaluations for point in points], [point.hypervolume for point in points], where="post", color="#0072B2", linewidth=2)
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("hypervolume")
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{device}: {method}", fontsize="medium")
+    return figure
+
+
+def importance_figure(found: Mapping[str, Mapping[str, float]], device: str) -> Figure:
+    """How much of the variance of accuracy and of latency each parameter explains, a bar each."""
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    for axes, (target, shares) in zip(figure.subplots(1, len(found), sharex=True, squeeze=False)[0], found.items(), strict=True):
+        ascending = sorted(shares.items(), key=lambda item: item[1])
+        axes.barh([name for name, _ in ascending], [share for _, share in ascending], color="#0072B2")
+        axes.set_xlabel("share of the variance explained (fANOVA)")
+        axes.set_title(f"{device}: {target}", fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
     return figure

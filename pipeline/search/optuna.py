@@ -1,75 +1,154 @@
-"""Optuna over the conditional space: every trial a pure function of (seed, number, earlier trials), kept in a journal as one line.
-
-Killed at any point and started again, the search goes on with the trial it was in and ends with the same trials.
-"""
+"""Optuna's samplers as searchers, by ask and tell. A study in memory is fed only trials that are finished; they learn nothing of what was asked."""
 
 from __future__ import annotations
 
-import fcntl
-import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
 
-from pipeline.errors import CoinferError, ModelError, ParamsError
-from pipeline.search.candidate import INPUT, OUTPUT, Candidate, Measurement, Precision
+from pipeline.search.candidate import Candidate
 from pipeline.search.limits import Limits
-from pipeline.search.pareto import OBJECTIVES, Trial, not_finite
+from pipeline.search.pareto import OBJECTIVES, Trial
+from pipeline.search.simple import random_pick
+from pipeline.search.space import Space
 
-RANDOM_TRIALS = 5  # after the baselines, before TPE has enough to learn from
-POPULATION = 16
-PROPOSALS_PER_TRIAL = 3  # a small space runs out of candidates not seen before
-
-Measure = Callable[[Candidate, int], Measurement]
+RANDOM_TRIALS = 5  # after the device-only baseline, before TPE has enough to learn from
+POPULATION = 10
+TRIES, NEIGHBOURS, NEIGHBOURS_EACH = 3, 100, 10  # to find a candidate not told of: by the sampler, then near what it proposes, so many with each distance
 
 
-@dataclass(frozen=True)
-class Space:
-    """The candidates that can run.
+class _Study:
+    """A study in memory, and a way out for a sampler that proposes what was told already: ask it again, in the end take a neighbour."""
 
-    `codes` gives, for each cut a codec fits, the legal (code channels, strides); `rate_weights` are for codec `rate`, `points` (share of
-    the code channels, bits) for `multi-rate`. `keep(cut)` gives, for each device block of a cut that has prunable channels, the legal kept fractions
-    with 1.0 among them.
+    def __init__(self, space: Space, limits: Limits, *, seed: int) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.space, self.limits, self.seed = space, limits, seed
+        self.study = optuna.create_study(directions=list(OBJECTIVES.values()))
+        self._told: set[Candidate] = set()
+
+    def ask(self, number: int) -> Candidate:
+        sampler_seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        self.study.sampler = self._sampler(sampler_seed)
+        for _ in range(TRIES):
+            trial, candidate = self._propose()
+            self.study.tell(trial, state=TrialState.FAIL)
+            if candidate not in self._told:
+                return candidate
+        return self._neighbour(candidate, number)
+
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.candidate)
+        if trial.duplicate_of is None and trial.measurement is not None and trial.candidate.cut in self.space.cuts:
+            constraints = self.limits.violations(trial.measurement)
+            self._add(trial, [getattr(trial.measurement, name) for name in OBJECTIVES], constraints)
+
+    def _neighbour(self, candidate: Candidate, number: int) -> Candidate:
+        """One that was not told, by drawing parameters of `candidate` at random: first one, then ever more; if there is none, the last that was drawn."""
+        chosen, draw = self.space.choices(candidate), random_pick(self.seed, number)
+        for tried in range(NEIGHBOURS):
+            kept = chosen.keys() - {draw("parameter", list(chosen)) for _ in range(1 + tried // NEIGHBOURS_EACH)}
+
+            def pick(name: str, choices: Sequence[Any], kept: Collection[str] = kept) -> Any:
+                return chosen[name] if name in kept and chosen[name] in choices else draw(name, choices)
+
+            candidate = self.space.suggest(pick)
+            if candidate not in self._told:
+                break
+        return candidate
+
+    def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        raise NotImplementedError
+
+    def _propose(self) -> tuple[optuna.Trial, Candidate]:
+        raise NotImplementedError
+
+    def _add(self, trial: Trial, values: list[float], constraints: dict[str, float]) -> None:
+        raise NotImplementedError
+
+
+class TpeSearcher(_Study):
+    """Tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011), many-objective and constrained, a parameter at a time."""
+
+    def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        return optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS + 1, seed=seed)
+
+    def _propose(self) -> tuple[optuna.Trial, Candidate]:
+        trial = self.study.ask()
+
+        def pick(name: str, choices: Sequence[Any]) -> Any:
+            place = _name(name, choices)
+            distribution = _distribution(choices)
+            if isinstance(distribution, IntDistribution):
+                return choices[trial.suggest_int(place, distribution.low, distribution.high)]
+            return choices[int(trial.suggest_categorical(place, range(len(choices))))]
+
+        return trial, self.space.suggest(pick)
+
+    def _add(self, trial: Trial, values: list[float], constraints: dict[str, float]) -> None:
+        params: dict[str, Any] = {}
+        distributions: dict[str, BaseDistribution] = {}
+        chosen = self.space.choices(trial.candidate)
+
+        def pick(name: str, choices: Sequence[Any]) -> Any:
+            distributions[_name(name, choices)] = _distribution(choices)
+            params[_name(name, choices)] = list(choices).index(chosen[name])
+            return chosen[name]
+
+        self.space.suggest(pick)
+        self.study.add_trial(create_trial(values=values, params=params, distributions=distributions, constraints=constraints))
+
+
+class NsgaSearcher(_Study):
+    """NSGA-II (Deb et al., IEEE TEC 2002), constrained, by uniform crossover.
+
+    An individual has a gene in [0, 1) for every parameter of the space, and what is asked picks the choice that the gene falls on: genes that one cut does
+    not read stay with the individual, so that parents of different cuts can be crossed. A trial's genes are made from its candidate, those that it
+    does not read from its number, and generations are counted in trials told; so evolution goes on the same way when a search is resumed, and
+    whatever is in flight.
     """
 
-    codes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
-    bits: Sequence[int]
-    qualities: Sequence[int]
-    keep: Callable[[str], Mapping[str, Sequence[float]]]
-    codec: str = "uniform"
-    rate_weights: Sequence[float] = ()
-    precision: Precision = "fp32"
-    points: Sequence[tuple[float, int]] = ()
+    def __init__(self, space: Space, limits: Limits, *, seed: int) -> None:
+        super().__init__(space, limits, seed=seed)
+        names = {"cut": None}  # a dict for its order
+        for cut in space.cuts:
+            names |= {f"keep {name}": None for name in space.keep(cut)}
+        names |= dict.fromkeys(("code_channels", "stride", "bits", "rate_weight", "precision"))
+        self._measured = 0
+        self._counter = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
+        self._genes: dict[str, BaseDistribution] = {name: FloatDistribution(0, 1) for name in names}
 
-    def suggest(self, trial: optuna.trial.BaseTrial) -> Candidate:
-        """Ask for one parameter after the other, only for those that the earlier ones leave open."""
-        cut = _pick(trial, "cut", [INPUT, *self.codes, OUTPUT])
-        if cut == INPUT:
-            return Candidate(cut, quality=_pick(trial, "quality", self.qualities))
-        keep = tuple((block, _pick(trial, f"keep {block}", ratios)) for block, ratios in self.keep(cut).items())
-        if cut == OUTPUT:
-            return Candidate(cut, keep)
-        channels, strides = self.codes[cut]
-        code = {name: _pick(trial, name, values) for name, values in (("code_channels", channels), ("stride", strides), ("bits", self.bits))}
-        rate = {"rate_weight": _pick(trial, "rate_weight", self.rate_weights)} if self.codec == "rate" else {}
-        points = tuple((max(1, round(share * code["code_channels"])), bits) for share, bits in self.points)
-        return Candidate(cut, keep, codec=self.codec, precision=self.precision, points=points, **code, **rate)
+    def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
 
-    def baselines(self) -> list[dict[str, Any]]:
-        """Parameters of the unpruned device-only candidate and of every WebP quality."""
-        cuts = [INPUT, *self.codes, OUTPUT]
-        whole = {_name(f"keep {block}", ratios): 1.0 for block, ratios in self.keep(OUTPUT).items()}
-        images = [{_name("cut", cuts): INPUT, _name("quality", self.qualities): quality} for quality in self.qualities]
-        return [{_name("cut", cuts): OUTPUT, **whole}, *images]
+    def _propose(self) -> tuple[optuna.Trial, Candidate]:
+        trial = self.study.ask(self._genes)
+        return trial, self.space.suggest(lambda name, choices: choices[min(int(trial.params[name] * len(choices)), len(choices) - 1)])
+
+    def _add(self, trial: Trial, values: list[float], constraints: dict[str, float]) -> None:
+        unread = np.random.default_rng([self.seed, trial.number])
+        genes = {name: float(unread.random()) for name in self._genes}
+        chosen = self.space.choices(trial.candidate)
+
+        def pick(name: str, choices: Sequence[Any]) -> Any:
+            genes[name] = (list(choices).index(chosen[name]) + 0.5) / len(choices)
+            return chosen[name]
+
+        self.space.suggest(pick)
+        self.study.sampler = self._counter
+        self.study.enqueue_trial(genes)
+        told = self.study.ask(self._genes)
+        (running,) = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._counter.get_trial_generation(self.study, running)  # writes it down; Optuna does so only where it draws something
+        for name, missed in constraints.items():
+            told.set_constraint(name, missed)
+        self.study.tell(told, values)
+        self._measured += 1
+        if self._measured % POPULATION == 0:  # Optuna remembers parents in another order than it first draws from, so it may draw once for nothing
+            self.study.tell(self.study.ask(self._genes), state=TrialState.FAIL)
 
 
 def _name(name: str, choices: Sequence[Any]) -> str:
@@ -77,149 +156,8 @@ def _name(name: str, choices: Sequence[Any]) -> str:
     return f"{name} {'|'.join(map(str, choices))}"
 
 
-def _pick(trial: optuna.trial.BaseTrial, name: str, choices: Sequence[Any]) -> Any:
-    return trial.suggest_categorical(_name(name, choices), list(choices))
-
-
-def search(space: Space, measure: Measure, limits: Limits, *, journal: Path, seed: int, trials: int, sampler: Literal["tpe", "nsga2"]) -> Iterator[Trial]:
-    """Yield the trials in order: those `journal` keeps from an earlier run, then new ones, the baselines first.
-
-    Ends after `trials` evaluations beyond the baselines. A proposal seen before takes over the earlier trial's result, is no
-    evaluation, and makes the next proposal a random one. `measure(candidate, trial seed)` may raise ModelError, ValueError,
-    ArithmeticError or RuntimeError or return NaN: the trial is then recorded as failed and the search goes on.
-
-    Raises:
-        CoinferError: the journal is damaged, cannot be written, or another search is using it; or a trial ran out of memory.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with _alone(journal):
-        kept = _open(journal)
-        earlier = kept.trials
-        try:
-            known = [_row(frozen) for frozen in earlier]
-        except (KeyError, TypeError, ValueError, ParamsError) as error:
-            raise _damaged(journal) from error
-        # Proposals come from a copy in memory, so that the journal never holds a trial that is not finished.
-        study = optuna.create_study(directions=list(OBJECTIVES.values()))
-        baselines = space.baselines()
-        rows: list[Trial] = []
-        first: dict[Candidate, Trial] = {}
-        for number in itertools.count():
-            evaluated = sum(row.duplicate_of is None for row in rows[len(baselines) :])
-            if number >= len(baselines) and (evaluated >= trials or number >= len(baselines) + PROPOSALS_PER_TRIAL * trials):
-                return
-            if number < len(known):
-                row = known[number]
-                study.add_trial(earlier[number])
-            else:
-                sampler_seed, trial_seed = (int(word) for word in np.random.SeedSequence([seed, number]).generate_state(2))
-                explore = number > len(baselines) and rows[-1].duplicate_of is not None
-                study.sampler = _sampler("random" if explore else sampler, sampler_seed, len(baselines))
-                if number < len(baselines):
-                    study.enqueue_trial(baselines[number])
-                trial = study.ask()
-                candidate = space.suggest(trial)
-                row = _evaluate(number, candidate, first.get(candidate), measure, trial_seed)
-                _tell(study, trial, row, limits)
-                try:
-                    kept.add_trial(study.get_trials(deepcopy=False)[number])
-                except OSError as error:
-                    raise _cannot_write(journal, error) from error
-            rows.append(row)
-            first.setdefault(row.candidate, row)
-            yield row
-
-
-def _sampler(kind: Literal["tpe", "nsga2", "random"], seed: int, baselines: int) -> optuna.samplers.BaseSampler:
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if kind == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
-    return optuna.samplers.TPESampler(n_startup_trials=baselines + RANDOM_TRIALS, seed=seed)
-
-
-def _evaluate(number: int, candidate: Candidate, seen: Trial | None, measure: Measure, trial_seed: int) -> Trial:
-    if seen is not None:
-        return Trial(number, candidate, seen.measurement, duplicate_of=seen.number, failure=seen.failure)
-    try:
-        measurement = measure(candidate, trial_seed)
-    except (ModelError, ValueError, ArithmeticError, RuntimeError) as error:
-        if "memory" in str(error) and not isinstance(error, ModelError):  # torch has no class of its own for this; another day the trial may pass
-            raise CoinferError(f"trial {number} ran out of memory ({_one_line(error)}); earlier trials are kept, free some and run again.") from error
-        return Trial(number, candidate, None, failure=_one_line(error))
-    wrong = not_finite(measurement)
-    if wrong:
-        return Trial(number, candidate, None, failure=f"{', '.join(wrong)} came out as no finite number")
-    return Trial(number, candidate, measurement)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, row: Trial, limits: Limits) -> None:
-    trial.set_user_attr("candidate", row.candidate.to_dict())
-    trial.set_user_attr("duplicate_of", row.duplicate_of)
-    if row.measurement is None:
-        trial.set_user_attr("failure", row.failure)
-        study.tell(trial, state=TrialState.FAIL)
-        return
-    trial.set_user_attr("measurement", row.measurement.to_dict())
-    for name, missed in limits.violations(row.measurement).items():
-        trial.set_constraint(name, missed)
-    study.tell(trial, [getattr(row.measurement, name) for name in OBJECTIVES])
-
-
-def _row(frozen: FrozenTrial) -> Trial:
-    kept = frozen.user_attrs
-    measurement = Measurement(**kept["measurement"]) if frozen.state is TrialState.COMPLETE else None
-    return Trial(frozen.number, Candidate.from_dict(kept["candidate"]), measurement, kept["duplicate_of"], None if measurement else kept["failure"])
-
-
-@contextmanager
-def _alone(journal: Path) -> Iterator[None]:
-    """Hold the study's folder; the kernel lets go of it when the process dies, however it dies."""
-    try:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        lock = (journal.parent / "lock").open("w")
-    except OSError as error:
-        raise _cannot_write(journal, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CoinferError(f"another search is writing {journal}; wait for it to end or stop it.") from None
-        # Optuna's own lock outlives a killed process, and would hold this one up for half a minute.
-        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
-        yield
-
-
-def _open(journal: Path) -> optuna.Study:
-    try:
-        if journal.exists():
-            _mend(journal)
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        return optuna.create_study(study_name="search", storage=storage, directions=list(OBJECTIVES.values()), load_if_exists=True)
-    except OSError as error:
-        raise _cannot_write(journal, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise _damaged(journal) from error
-
-
-def _mend(journal: Path) -> None:
-    """Drop a last line that a power cut left unfinished; every finished line must be JSON."""
-    data = journal.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with journal.open("r+b") as file:
-            file.truncate(whole)
-    for line in data[:whole].splitlines():
-        json.loads(line)
-
-
-def _cannot_write(journal: Path, error: OSError) -> CoinferError:
-    return CoinferError(f"cannot write {journal}: {error.strerror or error}; free some space or check the permissions there, then run again.")
-
-
-def _damaged(journal: Path) -> CoinferError:
-    return CoinferError(f"the search's journal {journal} is damaged; delete {journal.parent} and run again to search afresh.")
+def _distribution(choices: Sequence[Any]) -> CategoricalDistribution | IntDistribution:
+    """Of the place among `choices`: an ordered one where these are numbers."""
+    if len(choices) > 1 and all(isinstance(choice, (int, float)) for choice in choices):
+        return IntDistribution(0, len(choices) - 1)
+    return CategoricalDistribution(range(len(choices)))

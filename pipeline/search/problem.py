@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from models.pruning import Pruner, Scores
 from pipeline.errors import ModelError, ParamsError
 from pipeline.networks import layers_up_to, pruner
 from pipeline.params import Codec, Search
-from pipeline.search.optuna import Space
+from pipeline.search.space import Space
 
 
 class Problem:
@@ -31,9 +31,10 @@ class Problem:
         self._heads: dict[str, nn.Module] = {}
         self._pruners: dict[str, tuple[Pruner, Scores] | ModelError] = {}
         self._keep: dict[str, dict[str, tuple[float, ...]]] = {}
+        self._inside: dict[str, dict[str, frozenset[str]]] = {}
 
     def space(self) -> Space:
-        """The candidates that can run: legal codecs for every cut, legal keep ratios for every block with channels to prune.
+        """The candidates that can run: legal codecs for every cut, legal keep ratios for every group of channels to prune.
 
         Raises:
             ParamsError: a width, stride or keep ratio that fits nowhere.
@@ -52,12 +53,13 @@ class Problem:
         return Space(
             codes,
             [8] if several or self._raw or self.codec.kind.startswith("jscc") else settings.bits,
-            settings.webp_qualities,
+            [(image_format, quality) for image_format, qualities in settings.images.items() for quality in qualities],
             self.legal_keep,
             self.codec.kind,
             settings.rate_weights,
             settings.precision,
             list(zip(self.codec.shares, self.codec.bits, strict=True)) if several else (),
+            self.groups_inside,
         )
 
     @property
@@ -87,12 +89,14 @@ class Problem:
                 why = "leaves less than 2x2 of the feature at every cut" if len(shapes[0]) == 3 else "does not suit vectors, which all cuts give"
                 raise ParamsError(f"search.strides.{number} is {stride}, which {why}; choose a smaller one.")
         whole = self.cuts[-1].name
-        blocks = list(layers_up_to(self.cuts, whole))
         for number, ratio in enumerate(self.settings.keep):
-            answers = [self._lost(whole, block, ratio) for block in blocks]
+            if ratio == 1 or (chooser := self._pruner(whole)) is None:
+                continue
+            names = list(chooser[0].groups) if ratio else list(layers_up_to(self.cuts, whole))
+            answers = [self._plan_of(whole, name, ratio) for name in names]
             refusals = [answer for answer in answers if isinstance(answer, ModelError)]
-            if refusals and not isinstance(self._pruners[whole], ModelError) and not any(answer is True for answer in answers):
-                raise ParamsError(f"search.keep.{number} is {ratio}, which suits no block: {refusals[0]}")
+            if len(refusals) == len(answers) and refusals:
+                raise ParamsError(f"search.keep.{number} is {ratio}, which suits no {'group' if ratio else 'block'}: {refusals[0]}")
 
     def remarks(self) -> list[str]:
         """What of the settings comes to nothing with this backbone, a sentence each."""
@@ -107,19 +111,46 @@ class Problem:
         return found
 
     def legal_keep(self, cut: str) -> Mapping[str, Sequence[float]]:
-        """For each block before `cut` that loses channels when pruned: the ratios that leave every layer some, and 1.0."""
+        """For what of the device half up to `cut` can be pruned, in order of execution: the fractions that may stay, 1.0 last (see `Space`).
+
+        Of fractions that come to the same channels, as the channel block rounds them, the largest is offered; a group that keeps all at any is not.
+        """
         if self._raw and cut != self.cuts[-1].name:
             return {}
         if cut not in self._keep:
-            ratios = [ratio for ratio in sorted(self.settings.keep) if ratio < 1]
-            legal = {block: [ratio for ratio in ratios if self._lost(cut, block, ratio) is True] for block in layers_up_to(self.cuts, cut)}
-            self._keep[cut] = {block: (*found, 1.0) for block, found in legal.items() if found}
+            self._choose_from(cut)
         return self._keep[cut]
 
-    def _lost(self, cut: str, block: str, ratio: float) -> bool | ModelError:
-        """Whether the block loses channels when pruned so, or why it cannot be."""
+    def groups_inside(self, cut: str) -> Mapping[str, Collection[str]]:
+        """For each block that `legal_keep(cut)` lets go, the groups of which nothing is left without it."""
+        self.legal_keep(cut)
+        return self._inside.get(cut, {})
+
+    def _choose_from(self, cut: str) -> None:
+        keep = self._keep[cut] = {}
+        inside = self._inside[cut] = {}
+        ratios = [ratio for ratio in sorted(self.settings.keep) if 0 < ratio < 1]
+        if not (ratios or 0 in self.settings.keep) or (known := self._pruner(cut)) is None:
+            return
+        block_of = known[0].groups
+        for block, layers in layers_up_to(self.cuts, cut).items():
+            without = self._plan_of(cut, block, 0) if 0 in self.settings.keep else None
+            dropped = without.dropped if isinstance(without, ChannelPlan) else frozenset[str]()
+            if dropped:
+                keep[block], inside[block] = (0.0, 1.0), frozenset[str]()
+            for group in sorted((name for name, its in block_of.items() if its == block), key=layers.index):
+                plans = {ratio: plan for ratio in ratios if isinstance(plan := self._plan_of(cut, group, ratio), ChannelPlan) and plan.kept}
+                if not plans:
+                    continue
+                largest = {plan.to_json(): ratio for ratio, plan in plans.items()}
+                keep[group] = (*sorted(largest.values()), 1.0)
+                if dropped.issuperset(next(iter(plans.values())).kept):
+                    inside[block] |= {group}
+
+    def _plan_of(self, cut: str, name: str, ratio: float) -> ChannelPlan | ModelError:
+        """What stays when one block or group is pruned so, or why it cannot be."""
         try:
-            return bool(self.plan(cut, {block: ratio}).kept)
+            return self.plan(cut, {name: ratio})
         except ModelError as error:
             return error
 
@@ -137,18 +168,23 @@ class Problem:
         """
         if not keep:
             return ChannelPlan()
+        known = self._pruner(cut)
+        if known is None:
+            raise self._pruners[cut]  # type: ignore[misc]
+        chooser, scores = known
+        return chooser.plan(keep, scores)
+
+    def _pruner(self, cut: str) -> tuple[Pruner, Scores] | None:
+        """What chooses the channels of the half up to `cut`; None where Torch-Pruning cannot follow it."""
         if cut not in self._pruners:
             head = self.head(cut)
             try:
                 chooser = pruner(head, self.example, self.cuts, cut, self.channel_block)
                 self._pruners[cut] = chooser, chooser.scores(head)
-            except ModelError as error:  # kept: finding out takes seconds, and is asked for every block
+            except ModelError as error:  # kept: finding out takes seconds, and is asked for every group
                 self._pruners[cut] = error
         known = self._pruners[cut]
-        if isinstance(known, ModelError):
-            raise known
-        chooser, scores = known
-        return chooser.plan(keep, scores)
+        return None if isinstance(known, ModelError) else known
 
 
 def _codec_fits(shape: tuple[int, ...], code_channels: int, stride: int) -> bool:

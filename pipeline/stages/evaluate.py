@@ -34,7 +34,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     """Write evaluate/metrics.json (nothing timed), evaluate/plots/*.csv and timing.json of `device`; return the metrics.
 
     Every test image is classified by the chosen split (if one was chosen), by the device alone, which runs the bundle's device-only.onnx, and by the edge
-    alone, which runs the reference network on a WebP image of the quality that search found cheapest. A split of several operating points goes through at
+    alone, which runs the reference network on an image as search found cheapest to send. A split of several operating points goes through at
     each of them; for all else the first stands for it. The first `evaluate.latency_images` test images are then timed with the emulated link and slowdowns,
     the three ways in turns, so that what else this machine does falls on all of them.
 

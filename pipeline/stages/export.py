@@ -156,7 +156,7 @@ def _time_int8(halves: tuple[bytes, bytes], image: NDArray[np.float32], candidat
     if ratio < 1:
         _say(
             f"the int8 device half of {candidate.label()} is slower here than the fp32 one; "
-            "set search.precision to fp32, unless the device is another machine and int8 faster there."
+            "set search.precision to [fp32], unless the device is another machine and int8 faster there."
         )
 
 

@@ -26,7 +26,8 @@ from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.networks import pruner, split_network
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DevicePaths
-from pipeline.search.candidate import LOSSLESS, Candidate
+from pipeline.runtime.images import LOSSLESS
+from pipeline.search.candidate import Candidate
 from pipeline.soft_pruning import SoftPruning
 from pipeline.training import forget, weights_bytes, write_curves
 
@@ -103,7 +104,9 @@ def _over_noise(network: CoInference, codec: ChannelCodec, validation: Split, se
 
 def _view(candidate: Candidate) -> Sent | None:
     """What a lossy format leaves of the images, if that is what the edge gets to see."""
-    return Sent("webp", candidate.quality) if candidate.quality is not None and candidate.quality < LOSSLESS else None
+    if candidate.image_format is None or candidate.quality is None or candidate.quality == LOSSLESS:
+        return None
+    return Sent(candidate.image_format, candidate.quality)
 
 
 def _student(course: Course, candidate: Candidate, promised_bits: float, paths: DevicePaths, example: Tensor) -> tuple[nn.Module | None, ChannelPlan]:

@@ -5,31 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import fields, replace
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.backbones import build_backbone
-from models.cutting import CutPoint
-from pipeline.costs.device_profile import DeviceProfile, backbone_key
-from pipeline.costs.energy import PowerModel, board
-from pipeline.costs.link import Link
-from pipeline.data import load_card, load_split
+from pipeline.costs.link import wire_bytes
 from pipeline.errors import Interrupted
-from pipeline.files import atomic_write_json, atomic_write_text, read_json
+from pipeline.files import atomic_write_json, atomic_write_text
 from pipeline.fingerprint import fingerprint
-from pipeline.params import Params, Power
+from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths
-from pipeline.search.costing import Deployment
-from pipeline.search.evaluator import Evaluator
-from pipeline.search.figure import pareto_figure
+from pipeline.runtime.frame import OVERHEAD_BYTES
+from pipeline.search.build import build_evaluator, build_executor, threads_of
+from pipeline.search.driver import search
+from pipeline.search.figure import hypervolume_figure, importance_figure, pareto_figure
+from pipeline.search.importances import importances, importances_csv
 from pipeline.search.limits import Limits
-from pipeline.search.optuna import search
-from pipeline.search.pareto import MEASURED, OBJECTIVES, Trial, baselines, cheapest, choose, feasible, non_dominated, point, trials_csv
-from pipeline.search.problem import Problem
+from pipeline.search.pareto import OBJECTIVES, Trial, baselines, choose, feasible, non_dominated, point, trials_csv
+from pipeline.search.progress import LiveTable, Progress, progress_csv
+from pipeline.search.searcher import build_searcher
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
@@ -48,38 +43,36 @@ CODE = (
 
 
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
-    """Write trials.csv, pareto.json and chosen.json of `device` and return what chosen.json holds.
+    """Write trials.csv, pareto.json, chosen.json, progress.csv and importances.csv of `device` and return what chosen.json holds.
 
     Raises:
         CoinferError: an input is missing, a baseline failed, or no candidate is within the limits.
         Interrupted: Ctrl-C; finished trials are kept.
     """
-    torch.set_num_threads(params.run.threads)
     settings, paths, minimize = params.search, DevicePaths(device), params.objective.minimize
-    evaluator = _evaluator(params, device)
+    torch.set_num_threads(threads_of(params))
+    evaluator = build_evaluator(params, device)
     limits = Limits.of(params, device, evaluator.reference_accuracy, evaluator.costing.classes)
     journal = STUDIES / _study_key(params, device) / "journal.log"
 
     space = evaluator.problem.space()
     for remark in evaluator.problem.remarks():
         print(f"search {device}: of {params.backbone.name}, {remark}", file=sys.stderr)
+    searcher = build_searcher(settings.method, space, limits, seed=params.run.seed)
+    raw_bytes = wire_bytes(evaluator.problem.example.numel() + OVERHEAD_BYTES)
+    progress = Progress(limits, minimize, raw_bytes, len(space.baselines()))
     trials: list[Trial] = []
-    proposals = search(space, evaluator.measure, limits, journal=journal, seed=params.run.seed, trials=settings.trials, sampler=settings.sampler)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[best]}"), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-            task = bar.add_task(f"search {device}", total=len(space.baselines()) + settings.trials, best="")
-            for trial in proposals:
+        with closing(build_executor(params, device, evaluator.measure)) as executor, LiveTable(f"search {device}", progress, settings.trials) as table:
+            for trial in search(space, searcher, executor, journal_file=journal, seed=params.run.seed, trials=settings.trials):
                 trials.append(trial)
-                good = feasible(trials, limits)
-                if good:
-                    best = cheapest(good, minimize)
-                    value = getattr(best.measurement, MEASURED[minimize])
-                    bar.update(task, best=f"best {best.candidate.label()}: {minimize} {value:.4g}")
-                    tracker.log_metrics({f"best_{minimize}": value}, step=trial.number)
-                bar.update(task, advance=int(trial.duplicate_of is None))
+                point_now = progress.tell(trial)
+                table.update()
+                if point_now.best is not None:
+                    tracker.log_metrics({f"best_{minimize}": point_now.best, "hypervolume": point_now.hypervolume}, step=trial.number)
     except KeyboardInterrupt:
         raise Interrupted(f"search {device} was interrupted: {len(trials)} trials are kept in {journal}; `dvc repro` goes on from there.") from None
+    trials.sort(key=lambda trial: trial.number)  # several workers finish in another order
 
     chosen, (device_only, edge_only) = choose(trials, limits, minimize), baselines(trials, limits, minimize)
     front = non_dominated(feasible(trials, limits))
@@ -91,11 +84,18 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
         paths.pareto, {"objectives": OBJECTIVES, "memory_mb": limits.memory_mb, **common, "chosen": chosen.number, "points": [point(t, limits) for t in front]}
     )
     atomic_write_json(paths.chosen, summary)
+    history = Progress(limits, minimize, raw_bytes, len(space.baselines())).history(trials)
+    atomic_write_text(paths.progress, progress_csv(history))
+    shares = importances(trials, space, params.run.seed)
+    atomic_write_text(paths.importances, importances_csv(shares))
 
     tracker.log_params({"chosen": chosen.candidate.label()})
     tracker.log_metrics({**common, **{f"chosen_{name}": value for name, value in chosen_point["measurement"].items()}})
     tracker.log_figure(pareto_figure(trials, limits, chosen, [device_only, edge_only], device), "pareto.png")
-    for path in (paths.trials, paths.pareto, paths.chosen):
+    tracker.log_figure(hypervolume_figure(history, device, settings.method), "hypervolume.png")
+    if shares:
+        tracker.log_figure(importance_figure(shares, device), "importances.png")
+    for path in (paths.trials, paths.pareto, paths.chosen, paths.progress, paths.importances):
         tracker.log_file(path)
     for trial in front:
         found = point(trial, limits)
@@ -105,33 +105,15 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     return summary
 
 
-def _evaluator(params: Params, device: str) -> Evaluator:
-    paths, target, card = DevicePaths(device), params.device(device), load_card()
-    rows = read_json(paths.cuts, "the list of cut points")
-    cuts = [CutPoint.from_dict({field.name: row[field.name] for field in fields(CutPoint)}) for row in rows]
-    backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
-    profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
-    link, power = Link(target.link.rate_mbps, target.link.rtt_ms), power_of(target.power)
-    deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, link, power)
-    problem = Problem(backbone, cuts, params.search, params.codec, profiles[0].channel_block)
-    return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed)
-
-
-def power_of(given: Power) -> PowerModel:
-    """The board's published power, but for what is given."""
-    known = given.model_dump(include={"cpu_w", "tx_w", "idle_w"}, exclude_none=True)
-    return replace(board(given.board), **known)
-
-
 def _study_key(params: Params, device: str) -> str:
     """Names all that a trial's outcome depends on, so not how many there are nor what is chosen from them: more trials go on with the same study."""
     paths = DevicePaths(device)
     inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile)
     known = {
-        "run": params.run.model_dump(),
+        "run": [params.run.seed, threads_of(params)],
         "backbone": params.backbone.name,
         "device": [device, params.device(device).model_dump(include={"memory_mb", "link", "power"})],
-        "search": params.search.model_dump(exclude={"trials"}),
+        "search": params.search.model_dump(exclude={"trials", "executor", "workers", "ray_address"}),
         "codec": params.codec.model_dump(),
         "limits": params.objective.model_dump(exclude={"minimize"}),
         "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},

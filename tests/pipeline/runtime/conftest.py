@@ -57,16 +57,16 @@ def halves(seed: int) -> dict[str, bytes]:
 
 @pytest.fixture
 def make_bundle(tmp_path: Path):
-    """make_bundle(kind="split", seed=0, quality=100) -> Bundle"""
+    """make_bundle(kind="split", seed=0, quality=100, image_format="webp") -> Bundle"""
 
-    def make(kind: str = "split", seed: int = 0, quality: int = 100, **changes) -> Bundle:
+    def make(kind: str = "split", seed: int = 0, quality: int = 100, image_format: str = "webp", **changes) -> Bundle:
         files = halves(seed)
         if kind == "edge-only":
             files[EDGE] = files[DEVICE_ONLY]
         training = np.random.default_rng(seed).integers(0, 2**BITS, (10, *CODE)).astype(np.uint8)
         arguments = {
             "kind": kind,
-            "candidate": {"cut": "layer1", "quality": quality if kind == "edge-only" else None},
+            "candidate": {"cut": "layer1", "quality": quality if kind == "edge-only" else None, "image_format": image_format},
             "plan": {},
             "preprocessing": Preprocessing(SIZE),
             "classes": CLASSES,

@@ -1,74 +1,66 @@
-"""A small search space and an evaluator with a known answer, for tests of the searcher alone."""
+"""A small search space and searches over it, for tests of searchers, driver and workers alone."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from pipeline.search.candidate import Candidate, Measurement
+from pipeline.search.driver import search
+from pipeline.search.executor import Executor, InProcess, Measure, Pool, Setup
 from pipeline.search.limits import Limits
-from pipeline.search.optuna import Space, search
-from pipeline.search.pareto import trials_csv
+from pipeline.search.pareto import Trial, trials_csv
+from pipeline.search.processes import ProcessFleet
+from pipeline.search.searcher import build_searcher
+from pipeline.search.space import Space
+from tests.pipeline.search.fake_measures import fake_measure, slow
 
+METHODS = ("tpe", "nsga2", "random", "uniform")
 LIMITS = Limits(floor=0.7, memory_mb=5)
+HALF = {"stem": (0.5, 1.0), "block1": (0.0, 1.0), "block1.conv1": (0.25, 0.5, 1.0)}
 SPACE = Space(
     codes={"early": ((2, 4), (1, 2, 4)), "late": ((2, 4, 8), (1, 2))},
     bits=(1, 2, 4),
-    qualities=(100, 50),
-    keep=lambda cut: {"early": {}, "late": {"block1": (0.5, 1.0)}, "output": {"block1": (0.5, 1.0), "block2": (0.5, 1.0)}}[cut],
+    images=(("webp", 100), ("webp", 50)),
+    keep=lambda cut: {"early": {}, "late": HALF, "output": {**HALF, "block2.conv1": (0.5, 1.0)}}[cut],
+    inside=lambda cut: {"block1": {"block1.conv1"}} if cut != "early" else {},
 )
 
 
-def measurement(accuracy: float, total_ms: float, wire_bytes: float, memory_mb: float = 1.0) -> Measurement:
-    parts = {"device_ms": total_ms, "encode_ms": 0.0, "link_ms": 0.0, "decode_ms": 0.0, "edge_ms": 0.0}
-    sizes = {"payload_bits": 8 * wire_bytes, "frame_bytes": wire_bytes, "wire_bytes": wire_bytes}
-    return Measurement(
-        accuracy=accuracy,
-        total_ms=total_ms,
-        energy_mj=total_ms,
-        device_macs=1,
-        device_params=1,
-        device_memory_mb=memory_mb,
-        bundle_mb=2 * memory_mb,
-        **parts,
-        **sizes,
-    )
-
-
-def fake_measure(candidate: Candidate, trial_seed: int) -> Measurement:
-    """Pure in its arguments; more bits and channels are more accurate and dearer, pruning is cheaper and less accurate."""
-    noise = trial_seed % 1000 / 1e5
-    pruned = sum(1 - ratio for _, ratio in candidate.keep)
-    if candidate.kind == "device-only":
-        return measurement(0.9 - 0.1 * pruned - noise, 100 - 20 * pruned, 0.0)
-    if candidate.quality is not None:
-        return measurement(0.5 + candidate.quality / 250, 20 + candidate.quality, 10.0 * candidate.quality)
-    assert candidate.bits
-    assert candidate.code_channels
-    assert candidate.stride
-    size = candidate.bits * candidate.code_channels / candidate.stride
-    if size == 32:
-        raise RuntimeError("the fake\nruns out of luck")
-    return measurement(math.nan if size == 16 else 0.9 - 0.2 / (1 + size) - noise, 30 + size - 5 * pruned, 4 * size)
-
-
-def run(folder: Path, **changes: Any) -> str:
+def run(folder: Path, *, measure: Measure = fake_measure, executor: Executor | None = None, **changes: Any) -> str:
     """Search to the end and give the table."""
-    options = {"seed": 3, "trials": 20, "sampler": "tpe", "journal": folder / "study" / "journal.log"} | changes
-    measure = options.pop("measure", fake_measure)
-    return trials_csv(list(search(SPACE, measure, LIMITS, **options)), LIMITS)
+    trials = list(trials_of(folder, measure=measure, executor=executor, **changes))
+    return trials_csv(sorted(trials, key=lambda trial: trial.number), LIMITS)
+
+
+def trials_of(folder: Path, *, measure: Measure = fake_measure, executor: Executor | None = None, space: Space = SPACE, **changes: Any) -> list[Trial]:
+    """Search to the end and give the trials in the order in which they finished."""
+    options = {"seed": 3, "trials": 20, "method": "tpe"} | changes
+    searcher = build_searcher(options.pop("method"), space, LIMITS, seed=options["seed"])
+    with closing(executor or InProcess(measure)) as open_executor:
+        return list(search(space, searcher, open_executor, journal_file=journal_in(folder), **options))
+
+
+def journal_in(folder: Path) -> Path:
+    return folder / "study" / "journal.log"
+
+
+def setup(factory: str, **arguments: Any) -> Setup:
+    return Setup(f"tests.pipeline.search.fake_measures:{factory}", arguments, 1)
+
+
+def processes(workers: int, factory: str = "plain", **arguments: Any) -> tuple[Pool, ProcessFleet]:
+    fleet = ProcessFleet(setup(factory, **arguments))
+    return Pool(fleet, workers), fleet
 
 
 if __name__ == "__main__":  # searches slowly, to be killed
-
-    def slow(candidate: Candidate, trial_seed: int) -> Measurement:
-        time.sleep(0.05)
-        return fake_measure(candidate, trial_seed)
-
+    given = json.loads(sys.argv[2])
+    folder = Path(sys.argv[1])
+    workers = given.pop("workers", 1)
+    executor = processes(workers, "slow", seconds=0.1, log=given.pop("log"))[0] if workers > 1 else None
     print(os.getpid(), flush=True)
-    run(Path(sys.argv[1]), measure=slow, **json.loads(sys.argv[2]))
+    run(folder, measure=slow(0.05), executor=executor, **given)

@@ -12,7 +12,7 @@ from pipeline.params import parse_params
 from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.limits import LatencyLimit, Limits, binding
 from pipeline.search.pareto import Trial, choose
-from tests.pipeline.search.fakes import measurement
+from tests.pipeline.search.fake_measures import measurement
 
 RATES, REPLY = (0.1, 1.0, 10.0), reply_frame_bytes(10)
 LINKS = tuple(Link(rate, 10) for rate in RATES)

@@ -10,7 +10,7 @@ from pipeline.errors import CoinferError
 from pipeline.search.candidate import Candidate
 from pipeline.search.limits import Limits
 from pipeline.search.pareto import Trial, baselines, choose, costs, feasible, non_dominated, trials_csv
-from tests.pipeline.search.fakes import measurement
+from tests.pipeline.search.fake_measures import measurement
 
 LIMITS = Limits(floor=0.7, memory_mb=2)
 

@@ -53,10 +53,37 @@ def test_what_of_the_settings_comes_to_nothing_is_said(digits_params, problem):
 def test_only_what_can_run_is_offered(problem):
     space = problem(keep=[0.05, 0.5], code_channels=[2, 12], strides=[1, 4, 8]).space()
     assert space.codes == {"stem.2": ([2], [1, 4, 8]), "block1": ([2], [1, 4, 8]), "down.2": ([2, 12], [1, 4]), "block2": ([2, 12], [1, 4])}
-    assert space.keep("stem.2") == {"stem.2": (0.5, 1.0)}, "a codec follows, so the cut's own channels may go"
-    assert space.keep("block1") == {"stem.2": (0.5, 1.0), "block1": (0.5, 1.0)}, "0.05 of 8 channels is none"
-    assert set(space.keep("output")) == {"stem.2", "block1", "down.2", "block2"}
-    assert space.keep("output")["block2"] == (0.05, 0.5, 1.0)
+    assert space.keep("stem.2") == {"stem.0": (0.5, 1.0)}, "a codec follows, so the cut's own channels may go"
+    assert space.keep("block1") == {"stem.0": (0.5, 1.0), "block1.conv1": (0.5, 1.0)}, "0.05 of 8 channels is none"
+    assert list(space.keep("output")) == ["stem.0", "block1.conv1", "down.0", "block2.conv1"]
+    assert space.keep("output")["block2.conv1"] == (0.05, 0.5, 1.0)
+
+
+def test_blocks_may_go_where_a_shortcut_goes_past_and_take_their_groups_along(problem):
+    built = problem(keep=[0.0, 0.5, 1.0])
+    space = built.space()
+    assert space.keep("block2") == {
+        "stem.0": (0.5, 1.0),
+        "block1": (0.0, 1.0),
+        "block1.conv1": (0.5, 1.0),
+        "down.0": (0.5, 1.0),
+        "block2": (0.0, 1.0),
+        "block2.conv1": (0.5, 1.0),
+    }
+    assert space.inside("block2") == {"block1": {"block1.conv1"}, "block2": {"block2.conv1"}}
+    assert space.inside("stem.2") == {}
+    dropped = dict(space.suggest_at("block1", lambda name, choices: choices[0]).keep)
+    assert dropped == {"stem.0": 0.5, "block1": 0.0}
+    assert built.plan("block1", dropped) == built.plan("block1", dropped | {"block1.conv1": 0.5}), "asking on would be for nothing"
+
+
+def test_candidates_of_other_fractions_are_other_networks(digits_params):
+    network = tiny_backbone(10, 16).eval()
+    settings = digits_params.search.model_copy(update={"keep": [0.3, 0.4, 0.5, 0.9, 1.0]})
+    built = Problem(network, cut_points(network, EXAMPLE), settings, Codec(), channel_block=4)
+    assert built.space().keep("output") == {"stem.0": (0.5, 1.0), "block1.conv1": (0.5, 1.0), "down.0": (0.3, 0.5, 1.0), "block2.conv1": (0.3, 0.5, 1.0)}
+    found = [built.plan("output", {group: ratio}) for group, ratios in built.space().keep("output").items() for ratio in ratios[:-1]]
+    assert len({plan.to_json() for plan in found}) == len(found)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +91,7 @@ def test_only_what_can_run_is_offered(problem):
     [
         ({"code_channels": [4, 512]}, "search.code_channels.1 is 512, but no cut of 2x2 or more has over 16 channels; choose at most that"),
         ({"strides": [32]}, "search.strides.0 is 32, which leaves less than 2x2 of the feature at every cut; choose a smaller one"),
-        ({"keep": [1.0, 0.01]}, "search.keep.1 is 0.01, which suits no block: keep ratio 0.01 of block stem.2 would leave layer stem.0"),
+        ({"keep": [1.0, 0.01]}, "search.keep.1 is 0.01, which suits no group: keep ratio 0.01 of block"),
     ],
 )
 def test_what_fits_nowhere_is_named(problem, settings, words):

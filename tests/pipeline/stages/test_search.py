@@ -19,7 +19,7 @@ from pipeline.search.evaluator import Evaluator
 from pipeline.stages.search import run
 from tests import tiny
 from tests.conftest import ROOT
-from tests.pipeline.search.fakes import measurement
+from tests.pipeline.search.fake_measures import measurement
 from tests.pipeline.search.toy import pictures, profile
 
 PATHS = DevicePaths("camera")

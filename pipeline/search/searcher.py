@@ -1,0 +1,44 @@
+"""What every method of search is to the driver: something that is asked for candidates and told of trials."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pipeline.errors import ParamsError
+from pipeline.search.candidate import Candidate
+from pipeline.search.limits import Limits
+from pipeline.search.optuna import NsgaSearcher, TpeSearcher
+from pipeline.search.pareto import Trial
+from pipeline.search.simple import RandomSearcher, UniformSearcher
+from pipeline.search.space import Space
+
+
+class Searcher(Protocol):
+    """Proposes candidates of one space.
+
+    Nothing of a searcher is written to disk: a search that was killed goes on with a fresh one that is told the kept trials in their order.
+    """
+
+    def ask(self, number: int) -> Candidate:
+        """The candidate of trial `number`: a pure function of the seed, `number` and the trials told so far, some earlier ones perhaps still in flight."""
+
+    def tell(self, trial: Trial) -> None:
+        """Take note of any trial, also one that was never asked for (a baseline, one kept from before a kill) or that failed."""
+
+
+def build_searcher(method: str, space: Space, limits: Limits, *, seed: int) -> Searcher:
+    """The searcher that `search.method` names.
+
+    Raises:
+        ParamsError: there is none of that name.
+    """
+    match method:
+        case "tpe":
+            return TpeSearcher(space, limits, seed=seed)
+        case "nsga2":
+            return NsgaSearcher(space, limits, seed=seed)
+        case "random":
+            return RandomSearcher(space, seed=seed)
+        case "uniform":
+            return UniformSearcher(space, seed=seed)
+    raise ParamsError(f"search.method is {method}, which this version does not have; choose tpe, nsga2, random or uniform.")
