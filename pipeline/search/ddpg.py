@@ -8,15 +8,16 @@ around mu explores, every evaluated candidate is learned from. What AMC does oth
 * Rewards are standardised over the replay memory instead of less a moving average, which wanders by more than late rewards differ.
 * The state also says which step it is and what each step chose so far (`Compression`), so that the process is Markov.
 * The actor also imitates the best episodes: maximising Q alone drives its sigmoid to the ends, where no gradient is left.
-* A proposal is the best of a few noisy episodes (the first without noise) by the critic's Q at their last step, which costs no evaluation.
+* A proposal is the best of a few noisy episodes by the critic's Q at their last step, which costs no evaluation.
 * Actor and critic learn at the same rate, since one run has a quarter of AMC's episodes; 8 updates follow an episode.
-* Warm-up is a share of the evaluations. Noise shrinks geometrically to `sigma_end`: AMC's own .5 * .95**700 = 1e-16 would leave nothing to propose but one candidate.
+* Warm-up is a share of the evaluations. Noise shrinks geometrically to `sigma_end`, for AMC's .5 * .95**700 = 1e-16 would soon propose one candidate only.
 * Replay holds the last 100 episodes as there, but never drops the best.
 * One agent serves all cuts and reward weights: each evaluation is learned from under every weight, as what it would have been paid is known.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from pipeline.search.candidate import OUTPUT, Candidate, Measurement
 from pipeline.search.environment import Compression, Costing
 from pipeline.search.pareto import Limits, Trial
 from pipeline.search.space import Space
+
+TRIES = 8  # at a candidate not told before
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ class Actor(nn.Module):
 
     def __init__(self, columns: int, hidden: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(columns, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
-        nn.init.uniform_(self.layers[4].weight, -3e-3, 3e-3)  # as DDPG: start in the sigmoid's middle
+        last = nn.Linear(hidden, 1)
+        nn.init.uniform_(last.weight, -3e-3, 3e-3)  # as DDPG: start in the sigmoid's middle
+        self.layers = nn.Sequential(nn.Linear(columns, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), last, nn.Sigmoid())
 
     def forward(self, states: Tensor) -> Tensor:
         return self.layers(states)  # type: ignore[no-any-return]
@@ -85,8 +89,9 @@ class Critic(nn.Module):
     def __init__(self, columns: int, hidden: int) -> None:
         super().__init__()
         self.of_state, self.of_action = nn.Linear(columns, hidden), nn.Linear(1, hidden, bias=False)
-        self.layers = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-        nn.init.uniform_(self.layers[3].weight, -3e-3, 3e-3)
+        last = nn.Linear(hidden, 1)
+        nn.init.uniform_(last.weight, -3e-3, 3e-3)
+        self.layers = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), last)
 
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:
         return self.layers(self.of_state(states) + self.of_action(actions))  # type: ignore[no-any-return]
@@ -116,9 +121,7 @@ class DdpgSearcher:
         CoinferError: see `Compression`.
     """
 
-    def __init__(
-        self, space: Space, costing: Costing, limits: Limits, settings: DdpgSettings, *, seed: int, trials: int, budget_ms: float | None
-    ) -> None:
+    def __init__(self, space: Space, costing: Costing, limits: Limits, settings: DdpgSettings, *, seed: int, trials: int, budget_ms: float | None) -> None:
         cuts = [*space.codes, OUTPUT]
         if settings.cut is not None and settings.cut not in cuts:
             raise ParamsError(f"the search is to be at cut {settings.cut}, which the space does not have; it has {', '.join(cuts)}.")
@@ -127,7 +130,7 @@ class DdpgSearcher:
         self.history: list[dict[str, Any]] = []
         self._first = len(space.baselines())
         self._reference_ms = costing.bound_ms(Candidate(OUTPUT))
-        columns = self.environment.observation_space.shape[0]
+        columns = len(self.environment.reset()[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.actor, self.critic = Actor(columns, settings.hidden), Critic(columns, settings.hidden)
@@ -142,22 +145,16 @@ class DdpgSearcher:
 
     def ask(self, number: int) -> Candidate:
         """One not told before, as far as a few tries find one. Nothing of the agent changes."""
-        survivors, sigma = self._survivors(number), self._sigma(number)
-        cut, weight = survivors[number % len(survivors)], self._weight(number)
-        offered: list[tuple[float, Candidate]] = []
-        for attempt in range(2 * self.settings.proposals):
-            rng = np.random.default_rng([self.seed, number, attempt])
-            candidate, value = self._episode(cut, weight, 0.0 if attempt == 0 and sigma is not None else sigma, rng)
-            if candidate not in self._told:
-                offered.append((value, candidate))
-            if len(offered) == (1 if sigma is None else self.settings.proposals):
+        survivors, sigma, rng = self._survivors(number), self._sigma(number), np.random.default_rng([self.seed, number])
+        cut = survivors[number % len(survivors)]
+        for attempt in range(TRIES):
+            # Late noise may be too small to leave what is known.
+            offered = self._episodes(cut, self._weight(number), sigma if attempt < TRIES / 2 else None, rng)
+            new = [offer for offer in offered if offer[1] not in self._told]
+            if new:
                 break
-        while not offered and attempt < 8 * self.settings.proposals:  # the noise has become too small to leave what is known
-            attempt += 1
-            candidate, value = self._episode(cut, weight, None, np.random.default_rng([self.seed, number, attempt]))
-            if candidate not in self._told:
-                return candidate
-        return max(offered, key=lambda offer: offer[0])[1] if offered else candidate
+        # An agent that has learned nothing yet has no preference.
+        return (new or offered)[0][1] if sigma is None else max(new or offered, key=lambda offer: offer[0])[1]
 
     def tell(self, trial: Trial) -> None:
         self._told.add(trial.candidate)
@@ -214,16 +211,17 @@ class DdpgSearcher:
         return [cut for cut in cuts if cut in kept]
 
     @torch.no_grad()
-    def _episode(self, cut: str, weight: int, sigma: float | None, rng: np.random.Generator) -> tuple[Candidate, float]:
-        """A candidate and Q of its last step; actions are mu(s) with noise, or uniform where sigma is None."""
-        state, _ = self.environment.reset(options={"cut": cut, "weight": self._shares()[weight]})
-        over = False
-        info: dict[str, Any] = {}
-        while not over:
-            before = torch.from_numpy(state)[None]
-            action = rng.random() if sigma is None else truncated_normal(self.actor(before).item(), sigma, rng)
-            state, _, over, _, info = self.environment.step(np.array([action], np.float32))
-        return info["candidate"], self.critic(before, torch.tensor([[info["action"]]])).item()
+    def _episodes(self, cut: str, weight: int, sigma: float | None, rng: np.random.Generator) -> list[tuple[float, Candidate]]:
+        """Q of the last step and candidate of `proposals` episodes; actions are mu(s) with noise, or uniform where sigma is None."""
+        environments = [copy.copy(self.environment) for _ in range(self.settings.proposals)]
+        states = [environment.reset(options={"cut": cut, "weight": self._shares()[weight]})[0] for environment in environments]
+        for _ in self.environment.steps[cut]:
+            before = torch.from_numpy(np.stack(states))
+            wanted = [rng.random() if sigma is None else truncated_normal(mean, sigma, rng) for mean in self.actor(before)[:, 0].tolist()]
+            taken = [environment.step(np.array([action], np.float32)) for environment, action in zip(environments, wanted, strict=True)]
+            states, infos = [step[0] for step in taken], [step[4] for step in taken]
+        values = self.critic(before, torch.tensor([[info["action"]] for info in infos]))[:, 0].tolist()
+        return [(value, info["candidate"]) for value, info in zip(values, infos, strict=True)]
 
     def _remember(self, episode: Episode) -> None:
         self._replay.append(episode)
@@ -241,7 +239,7 @@ class DdpgSearcher:
             if episode.rewards is not None:
                 of_cut.setdefault(episode.cut, []).append((episode.rewards, number))
         return {
-            (cut, weight): [number for _, number in sorted(found, key=lambda one: -one[0][weight])[: min(self.settings.elites, -(-len(found) // 2))]]  # noqa: B023
+            (cut, weight): [number for _, number in sorted(found, key=lambda one: -one[0][weight])[: min(self.settings.elites, -(-len(found) // 2))]]
             for cut, found in of_cut.items()
             for weight in range(len(self.settings.reward_weights))
         }
@@ -290,9 +288,7 @@ class DdpgSearcher:
 
 
 def truncated_normal(mean: float, sigma: float, rng: np.random.Generator) -> float:
-    """A draw of the normal distribution given that it lies in [0, 1], where `mean` lies; `mean` itself where sigma is 0."""
-    if sigma == 0:
-        return mean
+    """A draw of the normal distribution given that it lies in [0, 1]."""
     normal = NormalDist(mean, sigma)
     low, high = normal.cdf(0), normal.cdf(1)
     share = min(max(low + (high - low) * rng.random(), 1e-12), 1 - 1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -123,8 +124,6 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
         CoinferError: no cut can meet the budget (it names the budget and the cheapest candidate found), or nowhere is anything left to choose.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012: gymnasium's own declaration
-
     def __init__(self, space: Space, costing: Costing, cuts: Sequence[str], budget_ms: float | None) -> None:
         self.space, self.costing, self.budget_ms = space, costing, budget_ms
         self.steps = {cut: found for cut in cuts if (found := steps_at(space, costing, cut))}
@@ -139,17 +138,22 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
                 f"no candidate meets the latency budget of {budget_ms:g} ms; the cheapest found is {self.candidate(least, self.cheapest[least]).label()} "
                 f"with {self._bound(least, self.cheapest[least]):.3g} ms: raise the budget or allow stronger pruning."
             )
-        self._names = list(dict.fromkeys(step.name for cut in self.cuts for step in self.steps[cut]))
+        names = list(dict.fromkeys(step.name for cut in self.cuts for step in self.steps[cut]))
+        self._names = len(names)
+        self._places = {cut: np.array([names.index(step.name) for step in self.steps[cut]]) for cut in self.cuts}
+        macs = {cut: np.array([step.layer.macs if step.layer else 0 for step in self.steps[cut]], np.float64) for cut in self.cuts}
+        self._macs = {cut: row / (row.sum() or 1) for cut, row in macs.items()}
         self._fixed = {cut: self._fixed_columns(cut) for cut in self.cuts}
         columns = np.concatenate(list(self._fixed.values()))
         low, high = columns.min(0), columns.max(0)
         self._fixed = {cut: (rows - low) / np.where(high > low, high - low, 1) for cut, rows in self._fixed.items()}
-        self._largest = max(np.prod(costing.feature_shape(cut)) for cut in self.cuts)
+        elements = {cut: math.prod(costing.feature_shape(cut)) for cut in self.cuts}
+        self._elements = {cut: count / max(elements.values()) for cut, count in elements.items()}
         self.cut, self.weight = self.cuts[0], 0.0
         self._carried = self.cheapest[self.cut]
         self._done = 0
         size = len(self._state())
-        self.weight_column = size - 2 * len(self._names) - 1
+        self.weight_column = size - 2 * self._names - 1
         self.observation_space = gymnasium.spaces.Box(0, 1, (size,), np.float32)
         self.action_space = gymnasium.spaces.Box(0, 1, (1,), np.float32)
 
@@ -239,30 +243,32 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
         """What does not change in an episode, a row a step; (steps, 6), not scaled yet."""
         rows = []
         for number, step in enumerate(self.steps[cut]):
-            layer = step.layer
-            shape = (layer.in_channels, layer.out_channels, layer.stride, layer.kernel, layer.weights) if layer else (self.costing.feature_shape(cut)[0],) * 2 + (0,) * 3
+            layer, channels = step.layer, self.costing.feature_shape(cut)[0]
+            shape = (layer.in_channels, layer.out_channels, layer.stride, layer.kernel, layer.weights) if layer else (channels, channels, 0, 0, 0)
             rows.append((number, *shape))
         return np.array(rows, np.float64)
 
     def _state(self) -> Observation:
         steps, done = self.steps[self.cut], self._done
         now = min(done, len(steps) - 1)
-        chosen = [float(step.positions[level]) for step, level in zip(steps[:done], self._carried, strict=False)]
-        macs = [step.layer.macs if step.layer else 0 for step in steps]
-        total = sum(macs) or 1
-        removed = sum(n * (1 - kept) for n, kept in zip(macs, chosen, strict=False)) / total
-        layer = steps[now].layer
-        kind = [float(layer is not None and layer.kind == "conv"), float(layer is not None and layer.kind == "fc"), float(layer is None)]
-        shape = self.costing.feature_shape(self.cut)
-        coded = {step.name: step.values[level] for step, level in zip(steps[:done], self._carried, strict=False)}
-        area = coded.get("stride", 1) ** (len(shape) - 1)
-        bits = coded.get("code_channels", shape[0]) / shape[0] / area * coded.get("bits", RAW_BITS) / RAW_BITS if self.cut != OUTPUT else 0.0
-        moving = [removed, sum(macs[done:]) / total, chosen[-1] if chosen else 1.0, np.prod(shape) / self._largest, bits, self._left(), self.weight]
-        which, history = np.zeros(len(self._names)), np.ones(len(self._names))
-        which[self._names.index(steps[now].name)] = 1
-        for step, position in zip(steps, chosen, strict=False):
-            history[self._names.index(step.name)] = position
+        layer, macs, places = steps[now].layer, self._macs[self.cut], self._places[self.cut]
+        chosen = np.array([step.positions[level] for step, level in zip(steps[:done], self._carried, strict=False)])
+        kind = [layer is not None and layer.kind == "conv", layer is not None and layer.kind == "fc", layer is None]
+        removed, remaining = macs[:done] @ (1 - chosen), macs[done:].sum()
+        moving = [removed, remaining, chosen[-1] if done else 1.0, self._elements[self.cut], self._bits(), self._left(), self.weight]
+        which, history = np.zeros(self._names), np.ones(self._names)
+        which[places[now]] = 1
+        history[places[:done]] = chosen
         return np.concatenate([self._fixed[self.cut][now], kind, moving, which, history]).clip(0, 1).astype(np.float32)
+
+    def _bits(self) -> float:
+        """What is sent by the choices so far, as a share of the feature's own bits; nothing where the device does it all."""
+        if self.cut == OUTPUT:
+            return 0.0
+        channels, *area = self.costing.feature_shape(self.cut)
+        coded = {step.name: step.values[level] for step, level in zip(self.steps[self.cut][: self._done], self._carried, strict=False)}
+        symbols = coded.get("code_channels", channels) / channels / coded.get("stride", 1) ** len(area)
+        return float(symbols * coded.get("bits", RAW_BITS) / RAW_BITS)
 
     def _left(self) -> float:
         """Share of the budget that the cheapest completion leaves; without a budget, of what the whole takes."""
