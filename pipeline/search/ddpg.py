@@ -217,7 +217,8 @@ class DdpgSearcher:
         states = [environment.reset(options={"cut": cut, "weight": self._shares()[weight]})[0] for environment in environments]
         for _ in self.environment.steps[cut]:
             before = torch.from_numpy(np.stack(states))
-            wanted = [rng.random() if sigma is None else truncated_normal(mean, sigma, rng) for mean in self.actor(before)[:, 0].tolist()]
+            means = [] if sigma is None else self.actor(before)[:, 0].tolist()
+            wanted = rng.random(len(states)).tolist() if sigma is None else [truncated_normal(mean, sigma, rng) for mean in means]
             taken = [environment.step(np.array([action], np.float32)) for environment, action in zip(environments, wanted, strict=True)]
             states, infos = [step[0] for step in taken], [step[4] for step in taken]
         values = self.critic(before, torch.tensor([[info["action"]] for info in infos]))[:, 0].tolist()

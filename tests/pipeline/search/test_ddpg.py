@@ -37,10 +37,10 @@ def search(agent, trials, costing=COSTING, fails=lambda candidate: False):
 
 def test_no_episode_of_the_agent_exceeds_the_budget():
     costing = NastyCosting(6.0)
-    agent = searcher(costing=costing, trials=1000, budget_ms=6.0, proposals=1, replay_episodes=20)
+    agent = searcher(costing=costing, trials=1000, budget_ms=9.0, proposals=1, replay_episodes=20)
     told = search(agent, 1000, costing)[len(SPACE.baselines()) :]
     assert len(told) == 1000
-    assert all(costing.bound_ms(trial.candidate) <= 6.0 for trial in told)
+    assert all(costing.bound_ms(trial.candidate) <= 9.0 for trial in told)
 
 
 def test_asking_changes_nothing():
