@@ -110,7 +110,7 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
     `reset` takes options `cut` (else one of `cuts` is drawn) and `weight`, the latency's weight in the reward as a share of the greatest in
     use, which is shown to the agent. `cuts` are those of the space where something is left to choose and the budget can be met.
 
-    The action wall: an action is clipped to the value nearest to it from which the budget can still be met by a completion that is known.
+    The action wall: an action is clipped, on its way to the value carried so far, to one from which the budget can be met by a completion that is known.
     Latency is not monotone in widths, as vector units work on blocks of channels, so that "every later step takes its minimum" is no bound;
     instead the episode always carries one whole candidate whose `bound_ms` was found within the budget, and a value is legal once such a candidate has it.
     The last one carried is the episode's.
