@@ -17,7 +17,7 @@ from pipeline.runtime.coder import as_received, build_embedded_tables
 from pipeline.runtime.device import PARTS, DeviceHalf, classify_directory
 from pipeline.runtime.edge import EdgeHalf, edge_process, serve
 from pipeline.runtime.frame import Kind, pack, unpack
-from pipeline.runtime.images import encode_image
+from pipeline.runtime.images import encode_image, open_encoded
 from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTransport
 
 
@@ -92,6 +92,17 @@ def test_edge_only_sends_less_at_a_lower_quality(make_bundle, picture):
     assert sizes[0] > sizes[-1]
 
 
+@pytest.mark.parametrize(("image_format", "quality"), [("jpeg", 60), ("jpeg-bare", 60), ("png", 100)])
+def test_edge_only_sends_what_the_candidate_says(make_bundle, picture, image_format, quality):
+    bundle = make_bundle("edge-only", quality=quality, image_format=image_format)
+    answer = DeviceHalf(bundle).classify(picture, LoopbackTransport(EdgeHalf(bundle)))
+    file = encode_image(picture, image_format, quality)
+    assert answer.frame_bytes == len(file) + 13
+    arrived = bundle.preprocessing.pixels(open_encoded(file, image_format, quality))
+    assert np.array_equal(arrived, picture) == (image_format == "png")
+    assert np.array_equal(answer.logits, answer_of(bundle, EDGE, bundle.preprocessing.tensor(arrived[None]))[0])
+
+
 def test_device_only_answers_alone_and_sends_nothing(make_bundle, picture):
     bundle = make_bundle("device-only")
     answer = DeviceHalf(bundle).classify_locally(picture)
@@ -145,9 +156,14 @@ def test_a_device_refuses_replies_that_cannot_be_its_own(make_bundle, picture):
             device.classify(picture, Replies(reply))
 
 
-@pytest.mark.parametrize("kind", ["split", "edge-only"])
-def test_an_edge_half_answers_nonsense_with_an_error_frame(make_bundle, picture, kind):
-    bundle = make_bundle(kind)
+def test_a_bundle_that_sends_what_this_version_does_not_know_is_refused(make_bundle, picture):
+    with pytest.raises(BundleError, match="sends images as avif, this version knows webp, jpeg, jpeg-bare, png"):
+        DeviceHalf(make_bundle("edge-only", image_format="avif")).run(picture)
+
+
+@pytest.mark.parametrize(("kind", "image_format"), [("split", "webp"), ("edge-only", "webp"), ("edge-only", "jpeg"), ("edge-only", "jpeg-bare")])
+def test_an_edge_half_answers_nonsense_with_an_error_frame(make_bundle, picture, kind, image_format):
+    bundle = make_bundle(kind, quality=60, image_format=image_format)
     edge = EdgeHalf(bundle)
     large = io.BytesIO()
     Image.new("RGB", (600, 600)).save(large, "WEBP")

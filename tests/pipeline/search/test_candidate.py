@@ -52,6 +52,10 @@ def test_keeping_a_block_whole_is_not_naming_it():
         ({"cut": "layer1", "code_channels": 2, "stride": 1, "bits": 2, "precision": "int4"}, "precision is int4; choose one of fp32, int8"),
         ({"cut": "input"}, "quality is None"),
         ({"cut": "input", "quality": 0}, "quality is 0"),
+        ({"cut": "input", "quality": 100, "image_format": "jpeg"}, "quality is 100; choose 1 to 99, or 100 for lossless WebP or PNG"),
+        ({"cut": "input", "quality": 50, "image_format": "png"}, "quality is 50"),
+        ({"cut": "input", "quality": 50, "image_format": "avif"}, "image_format is avif; choose one of webp, jpeg, jpeg-bare, png"),
+        ({"cut": "output", "image_format": "webp"}, "nothing is sent"),
         ({"cut": "input", "quality": 50, "keep": {"a": 0.5}}, "no device half"),
         ({"cut": "input", "quality": 50, "bits": 2}, "only a split has"),
         ({"cut": "output", "quality": 50}, "nothing is sent"),
@@ -63,9 +67,15 @@ def test_a_candidate_that_cannot_run_is_refused(fields, message):
         Candidate.from_dict(fields)
 
 
+def test_an_image_without_a_format_is_webp():
+    assert Candidate("input", quality=50) == Candidate("input", quality=50, image_format="webp")
+    assert Candidate("input", quality=50) != Candidate("input", quality=50, image_format="jpeg")
+
+
 def test_labels_are_short():
     assert Candidate("output").label() == "device-only"
     assert Candidate("input", quality=100).label() == "WebP lossless"
+    assert Candidate("input", quality=40, image_format="jpeg-bare").label() == "JPEG-bare q40"
     assert Candidate("layer2.0", (("a", 0.5),), 4, 2, 3).label() == "layer2.0 4ch /2 3bit keep 0.50"
     assert Candidate("layer2.0", (), 4, 2, 3, codec="rate", rate_weight=1e-3).label() == "layer2.0 4ch /2 3bit rate 0.001"
     assert Candidate("layer2.0", (), 4, 2, 3, codec="codebook").label() == "layer2.0 4ch /2 3bit codebook"

@@ -79,9 +79,9 @@ def test_blocks_may_go_where_a_shortcut_goes_past_and_take_their_groups_along(pr
 
 def test_candidates_of_other_fractions_are_other_networks(digits_params):
     network = tiny_backbone(10, 16).eval()
-    settings = digits_params.search.model_copy(update={"keep": [0.3, 0.4, 0.5, 0.9, 1.0]})
+    settings = digits_params.search.model_copy(update={"keep": [0.2, 0.4, 0.5, 0.9, 1.0]})
     built = Problem(network, cut_points(network, EXAMPLE), settings, Codec(), channel_block=4)
-    assert built.space().keep("output") == {"stem.0": (0.5, 1.0), "block1.conv1": (0.5, 1.0), "down.0": (0.3, 0.5, 1.0), "block2.conv1": (0.3, 0.5, 1.0)}
+    assert built.space().keep("output") == {"stem.0": (0.5, 1.0), "block1.conv1": (0.5, 1.0), "down.0": (0.2, 0.5, 1.0), "block2.conv1": (0.2, 0.5, 1.0)}
     found = [built.plan("output", {group: ratio}) for group, ratios in built.space().keep("output").items() for ratio in ratios[:-1]]
     assert len({plan.to_json() for plan in found}) == len(found)
 

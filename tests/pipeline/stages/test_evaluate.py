@@ -19,6 +19,7 @@ from pipeline.report import print_report
 from pipeline.runtime.bundle import DEVICE_ONLY, EDGE, Bundle
 from pipeline.runtime.device import PARTS, DeviceHalf
 from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.images import encode_image
 from pipeline.runtime.transport import LoopbackTransport
 from pipeline.search.candidate import Candidate
 from pipeline.stages import evaluate, export
@@ -38,7 +39,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundled(workdir: Path, digits_params: Params, artifacts: Path, request: pytest.FixtureRequest) -> DevicePaths:
     candidate: Candidate = getattr(request, "param", SPLIT)
-    kept = artifacts / f"{candidate.kind} {candidate.codec} of {len(candidate.keep)} pruned blocks"
+    kept = artifacts / f"{candidate.kind} {candidate.codec or candidate.image_format} of {len(candidate.keep)} pruned blocks"
     if not kept.exists():
         write_finetuned(digits_params, candidate)
         export.run(digits_params, "camera", RecordingTracker())
@@ -136,6 +137,14 @@ def test_an_edge_only_choice_is_compared_with_the_device_alone(bundled: DevicePa
     assert metrics["chosen"] == "edge_only"
     assert metrics["edge_only"]["label"] == "edge-only, WebP q75"
     assert "split" not in metrics
+
+
+@pytest.mark.parametrize("bundled", [Candidate("input", quality=50, image_format="jpeg-bare")], indirect=True)
+def test_a_chosen_jpeg_crosses_as_such(bundled: DevicePaths, digits_params: Params, tracker: RecordingTracker) -> None:
+    metrics = evaluate.run(digits_params, "camera", tracker)
+    assert (metrics["chosen"], metrics["label"]) == ("edge_only", "JPEG-bare q50")
+    sizes = [len(encode_image(image, "jpeg-bare", 50)) for image in load_split("test")[0].numpy()]
+    assert metrics["edge_only"]["frame_bytes"]["mean"] == pytest.approx(sum(sizes) / len(sizes) + 13)
 
 
 @pytest.mark.parametrize("bundled", [Candidate(cut="output")], indirect=True)

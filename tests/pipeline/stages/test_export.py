@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.parity import check_split, check_whole
 from pipeline.runtime.bundle import Bundle
 from pipeline.runtime.device import DeviceHalf
 from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.images import Format
 from pipeline.runtime.preprocess import Preprocessing
 from pipeline.runtime.transport import LoopbackTransport
 from pipeline.search.candidate import Candidate
@@ -205,16 +207,19 @@ def test_pruned_device_only_bundle_holds_the_pruned_network(workdir: Path, digit
     assert DeviceHalf(bundle).classify_locally(np.zeros((3, 16, 16), np.uint8)).logits.shape == (3,)
 
 
-def test_edge_only_bundle_runs_on_the_edge_what_was_trained_for_it(workdir: Path, digits_params: Params, tracker: RecordingTracker) -> None:
-    paths = write_finetuned(digits_params, EDGE_ONLY)
+@pytest.mark.parametrize("image_format", ["webp", "jpeg", "jpeg-bare"])
+def test_edge_only_bundle_runs_on_the_edge_what_was_trained_for_it(
+    workdir: Path, digits_params: Params, tracker: RecordingTracker, image_format: Format
+) -> None:
+    paths = write_finetuned(digits_params, replace(EDGE_ONLY, image_format=image_format))
     trained = build_tiny(num_classes=3, image_size=16).eval()
     paths.split_weights.write_bytes(weights_bytes(trained))
     export.run(digits_params, "camera", tracker)
     bundle = Bundle.load(paths.bundle)
-    assert (bundle.kind, bundle.quality) == ("edge-only", 75)
+    assert (bundle.kind, bundle.quality, bundle.image_format) == ("edge-only", 75, image_format)
     pixels = np.random.default_rng(1).integers(0, 256, (3, 16, 16), np.uint8)
     logits = DeviceHalf(bundle).classify(pixels, LoopbackTransport(EdgeHalf(bundle))).logits
-    wanted = predict_logits(trained, Sent("webp", 75)(torch.from_numpy(pixels[None])))
+    wanted = predict_logits(trained, Sent(image_format, 75)(torch.from_numpy(pixels[None])))
     np.testing.assert_allclose(logits, wanted[0].numpy(), atol=1e-4)
     assert (paths.bundle / "device-only.onnx").read_bytes() == paths.reference_onnx.read_bytes()
 

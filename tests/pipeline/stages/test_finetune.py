@@ -22,6 +22,7 @@ from pipeline.inference import accuracy
 from pipeline.networks import pruner, split_network
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, CHECKPOINTS, DevicePaths
+from pipeline.runtime.images import Format
 from pipeline.search.candidate import Candidate
 from pipeline.stages import finetune, prepare, pretrain
 from pipeline.training import Classifier
@@ -145,11 +146,12 @@ def test_codec_rate_costs_what_the_search_promised(pretrained: Params, tracker: 
     assert 100 < bits[1] < 1.25 * 300
 
 
-def test_an_edge_that_gets_lossy_images_learns_to_see_them(pretrained: Params, tracker: Any) -> None:
-    choose(Candidate("input", quality=5))
+@pytest.mark.parametrize("image_format", ["webp", "jpeg-bare"])
+def test_an_edge_that_gets_lossy_images_learns_to_see_them(pretrained: Params, tracker: Any, image_format: Format) -> None:
+    choose(Candidate("input", quality=5, image_format=image_format))
     metrics = finetune.run(pretrained, "camera", tracker)
     images, labels = load_split("validation")
-    arrived = Sent("webp", 5)(images), labels
+    arrived = Sent(image_format, 5)(images), labels
     before, after = tiny_backbone(10, 16).eval(), tiny_backbone(10, 16).eval()
     before.load_state_dict(load_file(BACKBONE_WEIGHTS))
     after.load_state_dict(load_file(PATHS.split_weights))

@@ -64,8 +64,12 @@ def test_a_search_leaves_trials_pareto_set_and_choice(prepared, digits_params, t
     assert [int(row["number"]) for row in rows if row["pareto"] == "1"] == [p["number"] for p in pareto["points"]]
     assert str(prepared) not in "".join(text.decode() for text in outs())
 
-    assert tracker.figures == ["pareto.png"]
-    assert tracker.files == [PATHS.trials, PATHS.pareto, PATHS.chosen]
+    progress = list(csv.DictReader(io.StringIO(PATHS.progress.read_text())))
+    assert [int(row["evaluations"]) for row in progress] == list(range(digits_params.search.trials + 1))
+    assert float(progress[-1]["best"]) == pytest.approx(chosen["chosen"]["measurement"]["total_ms"], rel=1e-5)
+    assert tracker.figures == ["pareto.png", "hypervolume.png"], "three trials say nothing of importances"
+    assert PATHS.importances.read_text() == "parameter,explains,importance\n"
+    assert tracker.files == [PATHS.trials, PATHS.pareto, PATHS.chosen, PATHS.progress, PATHS.importances]
     assert len(tracker.children) == len(pareto["points"])
     assert any("chosen_total_ms" in metrics for metrics, _ in tracker.metrics)
 
@@ -133,6 +137,39 @@ def test_another_choice_from_the_same_study_measures_nothing(prepared, digits_fi
     assert json.loads(PATHS.chosen.read_text())["chosen"]["measurement"]["wire_bytes"] == 0
     assert PATHS.trials.read_text() == trials
     assert len(quick) == measured
+
+
+def test_importances_are_drawn_where_there_is_enough_to_say(prepared, digits_fields, tracker, monkeypatch):
+    monkeypatch.setattr(
+        Evaluator, "measure", lambda self, candidate, seed: measurement(1.0 - 1 / (1 + (candidate.bits or 9)), 5.0 + (candidate.stride or 40), 9.0)
+    )
+    run(with_(digits_fields, search={"trials": 25, "method": "random"}), "camera", tracker)
+    assert tracker.figures == ["pareto.png", "hypervolume.png", "importances.png"]
+    rows = list(csv.DictReader(io.StringIO(PATHS.importances.read_text())))
+    assert [next(row["parameter"] for row in rows if row["explains"] == target) for target in ("accuracy", "total_ms")] == ["bits", "stride"]
+
+
+@pytest.mark.parametrize("method", ["random", "uniform"])
+def test_several_workers_give_the_outs_of_one(prepared, digits_fields, tracker, method):
+    """They build their evaluators from params and artefacts; on one thread each the arithmetic is the same too."""
+    run(with_(digits_fields, search={"method": method, "trials": 4}), "camera", tracker)
+    alone = outs()
+    for journal in STUDIES.glob("*/journal.log"):
+        journal.unlink()
+    run(with_(digits_fields, search={"method": method, "trials": 4, "workers": 2}), "camera", tracker)
+    assert len(list(STUDIES.iterdir())) == 1, "as many threads each, so the same study"
+    assert outs() == alone
+
+
+def test_a_ray_address_that_nobody_answers_at_is_one_sentence(prepared, digits_fields, tracker):
+    pytest.importorskip("ray", reason="ray is not installed (extra `cluster`)")
+    with pytest.raises(CoinferError, match=r"nobody answers at search\.ray_address 127\.0\.0\.1:1 "):
+        run(with_(digits_fields, search={"executor": "ray", "ray_address": "127.0.0.1:1"}), "camera", tracker)
+
+
+def test_an_image_format_without_measured_times_is_one_sentence(prepared, digits_fields, tracker):
+    with pytest.raises(CoinferError, match=r"search\.images has jpeg-bare, but device profiles hold the times of webp alone"):
+        run(with_(digits_fields, search={"images": {"webp": [100], "jpeg-bare": [60]}}), "camera", tracker)
 
 
 def test_other_inputs_are_another_study(prepared, digits_fields, digits_params, tracker, quick):
