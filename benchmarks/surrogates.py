@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pipeline.search.candidate import OUTPUT, Candidate, Measurement
 from pipeline.search.ddpg import DdpgSearcher, DdpgSettings
 from pipeline.search.environment import Layer
-from pipeline.search.pareto import Limits, Trial
+from pipeline.search.limits import Limits
+from pipeline.search.pareto import Trial
 from pipeline.search.searcher import Searcher
 from pipeline.search.space import Space
 

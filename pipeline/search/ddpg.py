@@ -35,7 +35,8 @@ from torch.nn import functional as F
 from pipeline.errors import ParamsError
 from pipeline.search.candidate import OUTPUT, Candidate, Measurement
 from pipeline.search.environment import Compression, Costing
-from pipeline.search.pareto import Limits, Trial
+from pipeline.search.limits import Limits
+from pipeline.search.pareto import Trial
 from pipeline.search.space import Space
 
 TRIES = 8  # at a candidate not told before

@@ -10,7 +10,8 @@ from benchmarks.surrogates import every_reward, gap, layered, run, small
 from pipeline.errors import ParamsError
 from pipeline.search.candidate import Candidate
 from pipeline.search.ddpg import DdpgSearcher, DdpgSettings, truncated_normal
-from pipeline.search.pareto import Limits, Trial
+from pipeline.search.limits import Limits
+from pipeline.search.pareto import Trial
 from tests.pipeline.search.costing import SPACE, NastyCosting, measurement
 
 LIMITS = Limits(floor=0.0, memory_mb=5)
