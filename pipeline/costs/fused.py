@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from models.operations import Operation
+from pipeline.costs.blocked import to_blocks
 from pipeline.costs.kernel_call import KernelCall as KernelCall
+from pipeline.costs.onnx_graph import exported, fold_batch_norms, fuse_activations
+from pipeline.costs.quantised import to_integers
 
 
 def kernel_calls(operations: Sequence[Operation], precision: Literal["fp32", "int8"] = "fp32", *, block: int = 8) -> tuple[KernelCall, ...]:
@@ -15,4 +18,8 @@ def kernel_calls(operations: Sequence[Operation], precision: Literal["fp32", "in
     `block` is the number of channels that the device's convolutions hold together (NCHWc): 8 with AVX2, 16 with AVX-512, 0 where there is no such
     layout. `pipeline.costs.profiled.channel_block` reads it off an optimised model.
     """
-    raise NotImplementedError
+    nodes = fold_batch_norms(exported(operations))
+    if precision == "int8":
+        nodes = to_integers(nodes)
+    nodes = to_blocks(fuse_activations(nodes), block)
+    return tuple(node.call() for node in nodes if node.op != "Input")
