@@ -1,4 +1,5 @@
 """x"""
+
 from pipeline.costs.onnx_graph import Node
 
 
