@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def measure_profile(
             progress.preparing(f"{plan.halves} halves of {backbone_name}")
             models, whole = _models(model, example, cuts, plan, block or PLAIN_BLOCK)
             jobs = _beside(plan, image_size)
-            tasks = [*_batches(models, plan.passes), *([(None, job) for job in part] for part in _parts(jobs, AT_ONCE))]
+            tasks: list[Task] = [*_batches(models, plan.passes)]
+            tasks += [[(None, job) for job in jobs[start : start + AT_ONCE]] for start in range(0, len(jobs), AT_ONCE)]
             measured = _Measured()
             for task in progress.each(tasks):
                 measured.add(task, kept.measure([job for _, job in task], models[whole["fp32"]] if task[0][0] is None else None))
@@ -124,10 +126,8 @@ def _models(model: nn.Module, example: Tensor, cuts: Sequence[CutPoint], plan: M
     whole = [export_onnx(model, example, input_name="image", output_name="logits")]
     random = torch.Generator().manual_seed(0)
     images = [torch.randn(1, *example.shape[1:], generator=random).numpy() for _ in range(CALIBRATION_IMAGES)]
-    try:
+    with suppress(ModelError):  # such a network has no int8 half either
         whole.append(quantise(whole[0], images))
-    except ModelError:
-        pass  # such a network has no int8 half either
     numbers = {precision: len(models) + index for index, precision in enumerate(PRECISIONS[: len(whole)])}
     on_device, on_edge = random_halves(model, example, cuts, (plan.halves, plan.edge_halves), step)
     quantised = [quantise(half, images) for half in on_device[: plan.int8_halves]] if len(whole) > 1 else []
@@ -161,10 +161,6 @@ def _batches(models: Sequence[bytes], passes: int) -> Iterator[Task]:
             batch.append((index, ModelWork(models[index])))
             size += len(models[index])
         yield batch
-
-
-def _parts(jobs: Sequence[Work], count: int) -> list[Sequence[Work]]:
-    return [jobs[start : start + count] for start in range(0, len(jobs), count)]
 
 
 class _Measured:
