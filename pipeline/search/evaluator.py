@@ -11,7 +11,6 @@ from models.baseline_codecs import RawByteCodec
 from models.channel_plan import rebuild
 from models.codec import SymbolCodec
 from models.coinference import CoInference
-from models.cutting import count_macs
 from pipeline.data import EVALUATION_BATCH, Sent, Split, normalise
 from pipeline.inference import accuracy, outputs
 from pipeline.networks import split_network, tables_of
@@ -52,15 +51,13 @@ class Evaluator:
     def _measure_edge_only(self, candidate: Candidate, quality: int) -> Measurement:
         images, labels = self.validation
         received, files = Sent("webp", quality).and_files(images)
-        costs = self.costing.half_costs(candidate, {}, quality=quality)
-        return self.costing.measurement(costs, accuracy(self.problem.backbone, (received, labels)), [len(file) for file in files], 0, 4 * images[0].numel())
+        return self.costing.measurement(candidate, accuracy(self.problem.backbone, (received, labels)), [len(file) for file in files], 0, 4 * images[0].numel())
 
     def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
         network = rebuild(self.problem.head(candidate.cut), self.problem.plan(candidate.cut, dict(candidate.keep)))
         if candidate.keep:
             self.training.run(network, None, trial_seed, pruned=True)
-        costs = self.costing.half_costs(candidate, self.costing.block_macs(network, candidate.cut))
-        return self.costing.measurement(costs, accuracy(network, self.validation), [], parameters(network), memory_bytes(network, self.problem.example))
+        return self.costing.measurement(candidate, accuracy(network, self.validation), [], parameters(network), memory_bytes(network, self.problem.example))
 
     def _measure_split(self, candidate: Candidate, trial_seed: int) -> Measurement:
         assert candidate.bits is not None
@@ -76,16 +73,8 @@ class Evaluator:
             right, payloads = self._through_coder(network, candidate)
         else:
             right, payloads = accuracy(network, self.validation), [-(-codec.uncoded_bits // 8)]
-        feature, code = torch.zeros(1, *codec.feature_shape), torch.zeros(1, *codec.code_shape)
-        costs = self.costing.half_costs(
-            candidate,
-            self.costing.block_macs(network.head, candidate.cut),
-            encoder_macs=sum(count_macs(codec.encode, feature).values()),
-            decoder_macs=sum(count_macs(codec.decode, code).values()),
-            symbols=code.numel() if coded else 0,
-        )
         on_device = network.device_half() if coded else nn.Sequential(network.head, codec.encode).eval()
-        return self.costing.measurement(costs, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example))
+        return self.costing.measurement(candidate, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example))
 
     def _through_coder(self, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
         """Accuracy on validation by what the edge makes of integer symbols, and the coded bytes of some of its images."""

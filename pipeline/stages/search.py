@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.backbones import build_backbone
 from models.cutting import CutPoint
-from pipeline.costs.device_profile import DeviceProfile, backbone_key
+from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.link import Link
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted
@@ -109,7 +109,7 @@ def _evaluator(params: Params, device: str) -> Evaluator:
     cuts = [CutPoint.from_dict({field.name: row[field.name] for field in fields(CutPoint)}) for row in rows]
     backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
     profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
-    deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, Link(target.link.rate_mbps, target.link.rtt_ms))
+    deployment = Deployment(*profiles, Link(target.link.rate_mbps, target.link.rtt_ms))
     problem = Problem(backbone, cuts, params.search, params.codec, profiles[0].channel_block)
     return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed)
 
