@@ -46,6 +46,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     cuts = cut_points(model, example, params.search.cuts)
 
     measured: list[DeviceProfile] = []
+    remarks: set[str] = set()
 
     def profile_of(name: str, slowdown: float) -> DeviceProfile:
         if name != MEASURE:
@@ -54,10 +55,11 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
             if not measured:
                 measured.append(measure_profile("measured", params.backbone.name, model, example, cuts, MeasurePlan.load(profile_file(MEASURE))))
             profile = measured[0]
+        if remark := profile.remark(key, cuts[-1].macs):
+            remarks.add(remark)
         return profile.only(image_size).slowed(slowdown)
 
     on_device, on_edge = profile_of(settings.profile, settings.slowdown), profile_of(settings.edge_profile, settings.edge_slowdown)
-    remarks = {remark for profile in (on_device, on_edge) if (remark := profile.remark(key, cuts[-1].macs))}
     for remark in sorted(remarks):
         print(f"profile {device}: {remark}", file=sys.stderr)
     rows = [{**cut.to_dict(), "elements": cut.elements, "feature_bytes": _feature_bytes(cut)} for cut in cuts]
