@@ -77,7 +77,7 @@ def users(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
 def fold_batch_norms(nodes: list[Node]) -> list[Node]:
     """Without the batch norms of layers that nothing else reads: they are in the weights."""
     read_by = users(nodes)
-    return _merge(nodes, lambda node: node.op == "BatchNormalization" and node.inputs[0].op in LAYERS and len(read_by[node.inputs[0]]) == 1)
+    return merge(nodes, lambda node: node.op == "BatchNormalization" and node.inputs[0].op in LAYERS and len(read_by[node.inputs[0]]) == 1)
 
 
 def fuse_activations(nodes: list[Node]) -> list[Node]:
@@ -93,7 +93,7 @@ def fuse_activations(nodes: list[Node]) -> list[Node]:
         before.op, before.activation = f"Fused{before.op}", node.op
         return True
 
-    return _merge(nodes, fuses)
+    return merge(nodes, fuses)
 
 
 def _join_silu(nodes: list[Node]) -> list[Node]:
@@ -108,7 +108,7 @@ def _join_silu(nodes: list[Node]) -> list[Node]:
     return [node for node in nodes if node not in gone]
 
 
-def _merge(nodes: list[Node], gone: Callable[[Node], bool]) -> list[Node]:
+def merge(nodes: list[Node], gone: Callable[[Node], bool]) -> list[Node]:
     """Without the nodes that are `gone`, asked in order: what read them reads their first input."""
     instead: dict[Node, Node] = {}
     kept = []
@@ -136,6 +136,9 @@ def _lower(operation: Operation, inputs: list[Node]) -> list[Node]:
         return _adaptive_pool(operation, inputs)
     if kind == "bucketize":
         return _bucketize(operation, inputs)
+    if kind == "index" and len(operation.weight) == 1:
+        places = Node("Unsqueeze", inputs, (*shape, 1), "int64")  # in a codebook
+        return [places, Node("GatherND", [places], shape)]
     name = _ONNX.get(kind, "".join(word.capitalize() for word in kind.split("_")))
     weights = operation.weight[::-1] if kind == "linear" else operation.weight if kind in ("conv", "conv_transpose", "batch_norm") else ()
     layered = kind in ("conv", "conv_transpose", "max_pool", "avg_pool")

@@ -18,7 +18,7 @@ _TIMED = "_kernel_time"
 # which input is the layer's weights
 _WEIGHTS = dict.fromkeys(("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "BatchNormalization", "ConvInteger", "MatMulInteger"), 1)
 _WEIGHTS |= dict.fromkeys(("QLinearConv", "QGemm", "QLinearMatMul"), 3)
-_SHAPED = ("Conv", "FusedConv", "ConvTranspose", "QLinearConv", "MaxPool", "AveragePool", "QLinearAveragePool")
+_SHAPED = ("Conv", "FusedConv", "ConvTranspose", "QLinearConv", "MaxPool", "NhwcMaxPool", "AveragePool", "QLinearAveragePool")
 
 
 def profiled_kernels(optimised: onnx.ModelProto, events: Sequence[Mapping[str, Any]], warmup: int = 0) -> tuple[KernelTime, ...]:
@@ -29,12 +29,18 @@ def profiled_kernels(optimised: onnx.ModelProto, events: Sequence[Mapping[str, A
     Raises:
         ProfileError: model and profile are of different sessions.
     """
-    nodes = {node.name: node for node in optimised.graph.node}
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(_TIMED):
             runs.setdefault(event["name"].removesuffix(_TIMED), []).append(event)
-    if not runs or set(runs) != set(nodes) or len({len(found) for found in runs.values()}) != 1 or len(next(iter(runs.values()))) <= warmup:
+    nodes = {node.name: node for node in optimised.graph.node if node.name}
+    nameless = [node for node in optimised.graph.node if not node.name]  # what functions of ONNX were opened into
+    for name in [name for name in runs if name not in nodes]:
+        alike = [node for node in nameless if node.op_type == runs[name][0]["args"]["op_name"]]
+        if alike:
+            nodes[name] = alike[0]
+            nameless.remove(alike[0])
+    if nameless or not runs or set(runs) != set(nodes) or len({len(found) for found in runs.values()}) != 1 or len(next(iter(runs.values()))) <= warmup:
         raise ProfileError("the profile of ONNX Runtime does not fit the optimised model; take both from one session that ran often enough.")
     graph_input = optimised.graph.input[0]
     shapes: dict[str, Shape] = {graph_input.name: (1, *(dim.dim_value for dim in graph_input.type.tensor_type.shape.dim[1:]))}
