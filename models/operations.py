@@ -149,7 +149,7 @@ class _Recorder(TorchDispatchMode):
             fields = {"kind": "conv_transpose" if transposed else "conv", "weight": tuple(weight.shape), "bias": bias is not None, "groups": groups}
             fields |= {"kernel": tuple(weight.shape[2:]), "stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
         elif name in _POOLS:
-            kernel, stride, padding = [*args[1:], [], [0, 0]][:3] if len(args) < 3 else [*args[1:], [0, 0]][:3]
+            kernel, stride, padding = ([*args[1:], [], [0, 0]][:3] if len(args) < 3 else [*args[1:], [0, 0]][:3])
             fields = {"kind": _POOLS[name], "kernel": _pair(kernel), "stride": _pair(stride or kernel), "padding": _pair(padding)}
         elif name == "addmm":
             fields |= {"weight": tuple(args[2].shape), "bias": True}
