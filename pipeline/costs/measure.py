@@ -62,12 +62,19 @@ def measure_into(params: Params, path: Path, bench: Bench | None = None) -> Devi
         known.merged(replace(known, **described))  # refused now rather than after minutes of measuring
     classes = len(json.loads(DATA_CARD.read_text())["classes"]) if DATA_CARD.exists() else 10
     image_size = params.data.image_size
-    model = build_backbone(params.backbone.name, classes, image_size).eval()
+    model = untrained(params.backbone.name, classes, image_size)
     example = torch.zeros(1, 3, image_size, image_size)
     profile = measure_profile(path.stem, params.backbone.name, model, example, cut_points(model, example, params.search.cuts), plan, bench)
     merged = known.merged(profile) if known else profile
     merged.save(path)
     return merged
+
+
+def untrained(backbone: str, classes: int, image_size: int) -> nn.Module:
+    """The backbone with the same random weights every time, so that what was measured of it before an interruption is found again."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_backbone(backbone, classes, image_size).eval()
 
 
 def measure_profile(

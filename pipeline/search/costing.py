@@ -49,6 +49,15 @@ class _Codec(NamedTuple):
     symbols: int
 
 
+class _Predicted(NamedTuple):
+    """What is kept of a candidate: the parts of its latency with an empty frame, what its code takes uncoded, and the MACs of its device half."""
+
+    parts: dict[str, float]
+    uncoded_bits: int
+    reply_bytes: float
+    device_macs: int
+
+
 class Costing:
     """Predicts what the candidates of `problem`, of `classes` classes, cost on `deployment`, without building or pruning a network.
 
@@ -61,23 +70,27 @@ class Costing:
         self._heads: dict[str, PrunedOperations] = {}
         self._tails: dict[str, tuple[Operation, ...]] = {}
         self._codecs: dict[tuple[CodecSpec, tuple[int, ...], int], _Codec] = {}
-        self._known: dict[Candidate, tuple[HalfCosts, dict[str, float], int]] = {}
+        self._known: dict[Candidate, _Predicted] = {}
 
     def costs(self, candidate: Candidate) -> HalfCosts:
         """All that latency needs but the mean frame size, which only coding tells.
 
         Raises:
             ModelError: the candidate prunes a layer to nothing, or its codec does not fit the cut.
-            ProfileError: a profile lacks the image format.
         """
-        return self._predicted(candidate)[0]
+        return self._costs(candidate)[0]
 
     def measurement(self, candidate: Candidate, accuracy: float, payload_sizes: Sequence[int], device_params: int, memory_bytes: int) -> Measurement:
-        """`candidate` with what was measured of it: its accuracy, the coded bytes of some images (none where nothing is sent), parameters and memory."""
-        costs, parts, _ = self._predicted(candidate)
+        """`candidate` with what was measured of it: its accuracy, the coded bytes of some images (none where nothing is sent), parameters and memory.
+
+        Raises:
+            ModelError: see `costs`.
+            ProfileError: a profile lacks the image format.
+        """
+        known = self._predicted(candidate)
         frames = [size + OVERHEAD_BYTES for size in payload_sizes]
         frame_bytes = float(np.mean(frames)) if frames else 0.0
-        parts = self._with_link(costs, parts, frame_bytes)
+        parts = self._with_link(known, frame_bytes) if frames else known.parts
         return Measurement(
             accuracy=accuracy,
             **parts,
@@ -85,7 +98,7 @@ class Costing:
             frame_bytes=frame_bytes,
             wire_bytes=float(np.mean([wire_bytes(frame) for frame in frames])) if frames else 0.0,
             energy_mj=energy_mj(parts, RASPBERRY_PI_4, self.deployment.link.transmit_ms(mean_wire_bytes(frame_bytes)) if frames else 0.0),
-            device_macs=macs(costs.device),
+            device_macs=known.device_macs,
             device_params=device_params,
             device_memory_mb=memory_bytes / 1e6,
         )
@@ -101,30 +114,31 @@ class Costing:
         return self._points[cut].shape
 
     def device_ms(self, candidate: Candidate) -> float:
-        """Predicted time of preprocessing, device half and encoding; raises as `costs`."""
-        _, parts, _ = self._predicted(candidate)
+        """Predicted time of preprocessing, device half and encoding; raises as `measurement`."""
+        parts = self._predicted(candidate).parts
         return parts["device_ms"] + parts["encode_ms"]
 
     def bound_ms(self, candidate: Candidate) -> float:
-        """Predicted end-to-end latency with the code as large as uncoded: never below what is then measured; raises as `costs`."""
-        costs, parts, uncoded_bits = self._predicted(candidate)
-        payload = math.ceil(uncoded_bits / 8 * (1 + BOUND_SHARE)) + BOUND_BYTES
-        return self._with_link(costs, parts, payload + OVERHEAD_BYTES)["total_ms"]
+        """Predicted end-to-end latency with the code as large as uncoded: never below what is then measured; raises as `measurement`."""
+        known = self._predicted(candidate)
+        if candidate.kind == "device-only":
+            return known.parts["total_ms"]
+        payload = math.ceil(known.uncoded_bits / 8 * (1 + BOUND_SHARE)) + BOUND_BYTES
+        return self._with_link(known, payload + OVERHEAD_BYTES)["total_ms"]
 
-    def _with_link(self, costs: HalfCosts, parts: dict[str, float], frame_bytes: float) -> dict[str, float]:
-        if costs.kind == "device-only":
-            return parts
-        over_link_ms = link_ms(frame_bytes, costs.reply_bytes, self.deployment.link)
-        return parts | {"link_ms": over_link_ms, "total_ms": parts["total_ms"] - parts["link_ms"] + over_link_ms}
+    def _with_link(self, known: _Predicted, frame_bytes: float) -> dict[str, float]:
+        over_link_ms = link_ms(frame_bytes, known.reply_bytes, self.deployment.link)
+        return known.parts | {"link_ms": over_link_ms, "total_ms": known.parts["total_ms"] - known.parts["link_ms"] + over_link_ms}
 
-    def _predicted(self, candidate: Candidate) -> tuple[HalfCosts, dict[str, float], int]:
-        """Costs, their parts with an empty frame, and the bits of an image's code uncoded."""
+    def _predicted(self, candidate: Candidate) -> _Predicted:
         if candidate not in self._known:
             costs, uncoded_bits = self._costs(candidate)
-            self._known[candidate] = costs, predict(costs, self.deployment.device, self.deployment.edge, self.deployment.link), uncoded_bits
+            parts = predict(costs, self.deployment.device, self.deployment.edge, self.deployment.link)
+            self._known[candidate] = _Predicted(parts, uncoded_bits, costs.reply_bytes, macs(costs.device))
         return self._known[candidate]
 
     def _costs(self, candidate: Candidate) -> tuple[HalfCosts, int]:
+        """What latency needs, and the bits of an image's code uncoded."""
         image_size, reply_bytes = self.problem.example.shape[-1], reply_frame_bytes(self.classes)
         if candidate.quality is not None:
             image_bits = 8 * self.problem.example[0].numel()

@@ -10,11 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from models.backbones import build_backbone
 from models.cutting import CutPoint, cut_points, segment_modules
 from models.operations import Operation, chained, operations
 from pipeline.costs.device_profile import DeviceProfile, backbone_key
-from pipeline.costs.measure import measure_profile
+from pipeline.costs.measure import measure_profile, untrained
 from pipeline.costs.measure_plan import MeasurePlan
 from pipeline.files import atomic_write_json, read_json
 from pipeline.params import Params
@@ -41,7 +40,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     classes = len(read_json(DATA_CARD, "the data card")["classes"])
     image_size = params.data.image_size
     key = backbone_key(params.backbone.name, image_size)
-    model = build_backbone(params.backbone.name, classes, image_size).eval()
+    model = untrained(params.backbone.name, classes, image_size)
     example = torch.zeros(1, 3, image_size, image_size)
     cuts = cut_points(model, example, params.search.cuts)
 
