@@ -17,8 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.costs.latency import link_ms, reply_frame_bytes
-from pipeline.costs.link import Link
+from pipeline.costs.link import Link, link_ms, reply_frame_bytes
 from pipeline.runtime import coder
 from pipeline.runtime.bundle import open_session
 from pipeline.runtime.coder import CodecTables

@@ -32,7 +32,7 @@ EDITS: dict[str, dict[str, Any]] = {
     "evaluate": {"latency_images": 20, "warmup_images": 2},
 }
 CAMERA = {"profile": "measure", "slowdown": 5, "edge_profile": "measure", "memory_mb": 4, "link": {"rate_mbps": 1.0, "rtt_ms": 10}}
-PLAN = {"rounds": 3, "repeats": 4, "warmup": 1, "keep": [1, 0.5], "code_channels": [8], "strides": [1, 2]}
+PLAN = {"passes": 1, "chains": 100, "halves": 12, "edge_halves": 4, "int8_halves": 4, "image_sizes": []}
 
 
 def enlarge(into: Path) -> None:

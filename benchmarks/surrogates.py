@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.search.candidate import OUTPUT, Candidate, Measurement
 from pipeline.search.ddpg import DdpgSearcher, DdpgSettings
-from pipeline.search.environment import Layer
+from pipeline.search.layer import Layer
 from pipeline.search.limits import Limits
 from pipeline.search.pareto import Trial
 from pipeline.search.searcher import Searcher

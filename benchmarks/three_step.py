@@ -44,7 +44,8 @@ from benchmarks.three_step_ways import (
 from models.backbones import build_backbone
 from models.cutting import cut_points
 from pipeline.costs.link import Link
-from pipeline.costs.measure import MeasurePlan, measure_profile
+from pipeline.costs.measure import measure_profile
+from pipeline.costs.measure_plan import MeasurePlan
 from pipeline.data import load_card, load_split
 from pipeline.inference import accuracy
 
@@ -82,7 +83,7 @@ def run_end_to_end(raw: Raw) -> Raw:
     predicted, measured = (
         {name: medians(parts) for name, parts in time_parts(ways, images[start : start + TIMED_IMAGES], ROUNDS).items()} for start in (0, TIMED_IMAGES)
     )
-    by_profile = {way.name: expected_ms(way, profile, network, points.get(way.name)) for way in ways}
+    by_profile = {way.name: expected_ms(way, profile, network, points.get(way.name.removesuffix(INT8))) for way in ways}
     predicted |= {name: parts for name, parts in by_profile.items() if parts}
     by_name, classes = {way.name: way for way in ways}, load_card().num_classes
     facts = [{fact: getattr(way, fact) for fact in ("name", "accuracy", "frame_bytes", "ours", "real_cut", "sent", "image_size")} for way in ways]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,8 +21,9 @@ from models.backbones import build_backbone
 from models.baseline_codecs import RawByteCodec
 from models.codec import CodecSpec
 from models.coinference import CoInference, build_split
-from models.cutting import count_macs, cut_points, split
-from pipeline.costs.device_profile import DeviceProfile, backbone_key
+from models.cutting import cut_points, split
+from models.operations import operations
+from pipeline.costs.device_profile import DeviceProfile, Precision
 from pipeline.costs.latency import HalfCosts, predict
 from pipeline.costs.link import Link
 from pipeline.data import Split, load_card
@@ -83,22 +83,19 @@ def device_only_in_int8(way: Way, train: Split, validation: Split) -> Way:
 
 def expected_ms(way: Way, profile: DeviceProfile, backbone: nn.Module, point: Point | ImagePoint | PrunedPoint | None) -> dict[str, float] | None:
     """The parts of `way`, which `point` made if one did, as the search would predict them from `profile`; None for what the search does not know."""
-    if isinstance(point, PrunedPoint) or (isinstance(point, Point) and point.prune_epochs):
+    if isinstance(point, PrunedPoint):
         return None
-    cuts = cut_points(backbone, EXAMPLE)
-    macs = {after.name: float(after.macs - before.macs) for before, after in itertools.pairwise(cuts)}
-    common = HalfCosts("device-only", backbone_key("resnet20", way.image_size), cuts[-1].name, macs, reply_bytes=1)
-    if way.sent == "image" and way.image_format == "webp":
-        costs = replace(common, kind="edge-only", cut=cuts[0].name, block_macs={}, frame_bytes=way.frame_bytes, quality=way.quality)
-    elif way.sent == "nothing" and not way.name.endswith(INT8):
-        costs = common
-    elif isinstance(point, Point) and way.ours and not way.name.endswith(INT8):
-        codec = trained(point).codec
-        names = [cut.name for cut in cuts[1 : [cut.name for cut in cuts].index(point.cut) + 1]]
-        coders = (count_macs(codec.encode, torch.zeros(1, *codec.feature_shape)), count_macs(codec.decode, torch.zeros(1, *codec.code_shape)))
-        encoder, decoder = (float(sum(found.values())) for found in coders)
-        blocks = {name: macs[name] for name in names}
-        costs = replace(common, kind="split", cut=point.cut, block_macs=blocks, encoder_macs=encoder, decoder_macs=decoder, symbols=math.prod(codec.code_shape))
+    precision: Precision = "int8" if way.name.endswith(INT8) else "fp32"
+    if way.sent == "image":
+        image = (way.image_format, way.quality)
+        costs = HalfCosts("edge-only", way.image_size, edge=operations(backbone, EXAMPLE), frame_bytes=way.frame_bytes, image=image, reply_bytes=1)
+    elif way.sent == "nothing":
+        costs = HalfCosts("device-only", way.image_size, device=operations(backbone, EXAMPLE), precision=precision)
+    elif isinstance(point, Point) and way.ours:
+        network = trained(point)
+        device, code = operations(network.device_half(), EXAMPLE), torch.zeros(1, *network.codec.code_shape, dtype=torch.uint8)
+        edge = operations(network.edge_half(), code)
+        costs = HalfCosts("split", way.image_size, device, edge, precision, math.prod(network.codec.code_shape), way.frame_bytes, reply_bytes=1)
     else:
         return None
     found = predict(costs, profile, profile, Link(1, 0))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import CoinferError, Interrupted
+from pipeline.errors import CoinferError, Interrupted, ParamsError
 from pipeline.paths import PARAMS
 
 app = typer.Typer(
@@ -71,9 +71,33 @@ def pretrain() -> None:
 
 
 @app.command()
-def profile(device: DeviceOption = None) -> None:
-    """List the cut points and write the profiles of device and edge."""
-    _stage("profile", per_device=True, device=device)
+def profile(
+    device: DeviceOption = None,
+    into: Annotated[Path | None, typer.Option("--into", help="measure a machine into this file, for example profiles/pi4.json, and do nothing else")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="HOST:PORT", help="with --into: the machine where `coinfer profile-agent` runs, not this one")
+    ] = None,
+) -> None:
+    """List the cut points and write the profiles of device and edge; or measure a machine for the backbone in params.yaml."""
+    if into is None:
+        if on is not None:
+            raise ParamsError("--on names a machine to measure; say with --into which profile to write.")
+        _stage("profile", per_device=True, device=device)
+        return
+    if device is not None:
+        raise ParamsError("--into measures a machine and --device writes the profiles of a device in params.yaml; give one of them.")
+    from pipeline.costs.measure import measure_into
+    from pipeline.costs.remote_bench import RemoteBench
+    from pipeline.params import load_params
+
+    try:
+        if on is None:
+            measure_into(load_params(), into)
+            return
+        with RemoteBench(on) as bench:
+            measure_into(load_params(), into, bench)
+    except KeyboardInterrupt:  # before or after the measuring, which says itself what it keeps
+        raise Interrupted(f"profile was interrupted; {into} is as it was, run it again.") from None
 
 
 @app.command()
@@ -113,18 +137,6 @@ def report(device: DeviceOption = None) -> None:
 
 
 @app.command()
-def measure(into: Annotated[Path, typer.Option("--into", help="profile to write or extend, for example profiles/pi4.json")]) -> None:
-    """Measure this machine for the backbone in params.yaml."""
-    from pipeline.costs.measure import measure_into
-    from pipeline.params import load_params
-
-    try:
-        measure_into(load_params(), into)
-    except KeyboardInterrupt:
-        raise Interrupted(f"measuring was interrupted; {into} is as it was, run it again.") from None
-
-
-@app.command()
 def params() -> None:
     """Print every parameter, its type, default and meaning as a Markdown table."""
     from pipeline.params import markdown
@@ -144,6 +156,17 @@ def edge(
     from pipeline.runtime.edge import serve
 
     serve(Bundle.load(bundle), host, port, threads=threads)
+
+
+@app.command("profile-agent")
+def profile_agent(
+    host: Annotated[str, typer.Option(help="address to listen on; whoever reaches it can run models here")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7071,
+) -> None:
+    """Let `coinfer profile --on` measure this machine."""
+    from pipeline.runtime.bench_server import serve_bench
+
+    serve_bench(host, port)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx
@@ -35,11 +35,19 @@ def export_onnx(module: nn.Module, example: Tensor, *, input_name: str, output_n
     Raises:
         ModelError: the half cannot be exported, does not allow other batch sizes, or has weights of more than 2 GB.
     """
+    return canonical_bytes(export_model(module, example, input_name=input_name, output_names=[output_name]))
+
+
+def export_model(module: nn.Module, example: Tensor, *, input_name: str, output_names: Sequence[str]) -> ModelProto:
+    """Export `module`, which may have several results, as `export_onnx` does; what the exporter says about itself is still in it.
+
+    Raises:
+        ModelError: see `export_onnx`.
+    """
+    what = f"the half from {input_name} to {', '.join(output_names[:3])}"
     weights_bytes = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     if weights_bytes > MAX_WEIGHTS_BYTES:
-        raise ModelError(
-            f"the half from {input_name} to {output_name} has {weights_bytes / 1e9:.1f} GB of weights, an ONNX file holds 2; choose a smaller backbone."
-        )
+        raise ModelError(f"{what} has {weights_bytes / 1e9:.1f} GB of weights, an ONNX file holds 2; choose a smaller backbone.")
     half = copy.deepcopy(module).eval()
     two = torch.cat([example[:1], example[:1]])  # the exporter takes a batch of one for a constant
     try:
@@ -51,7 +59,7 @@ def export_onnx(module: nn.Module, example: Tensor, *, input_name: str, output_n
                 dynamo=True,
                 dynamic_shapes=({0: "batch"},),
                 input_names=[input_name],
-                output_names=[output_name],
+                output_names=list(output_names),
                 opset_version=OPSET,
                 external_data=False,
                 optimize=True,
@@ -59,9 +67,9 @@ def export_onnx(module: nn.Module, example: Tensor, *, input_name: str, output_n
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the half from {input_name} to {output_name} cannot be exported to ONNX ({reason}); choose another cut or backbone.") from error
+        raise ModelError(f"{what} cannot be exported to ONNX ({reason}); choose another cut or backbone.") from error
     assert program is not None
-    return canonical_bytes(program.model_proto)
+    return program.model_proto
 
 
 def canonical_bytes(model: ModelProto) -> bytes:

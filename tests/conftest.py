@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,21 @@ import yaml
 from pipeline.params import Params, parse_params
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICK_PLAN = {
+    "threads": 1,
+    "passes": 1,
+    "rounds": 1,
+    "repeats": 3,
+    "warmup": 1,
+    "job_ms": 20,
+    "chains": 6,
+    "halves": 1,
+    "edge_halves": 1,
+    "int8_halves": 1,
+    "image_sizes": [],
+    "qualities": {"webp": [100, 30], "jpeg": [50]},
+    "coder_symbols": [64, 512],
+}
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -83,8 +99,9 @@ def digits_params(digits_fields: dict[str, Any]) -> Params:
 
 @pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_fields: dict[str, Any]) -> Path:
-    """An empty working copy as the current directory: params.yaml of `digits_params` and the committed profiles."""
+    """An empty working copy as the current directory: params.yaml of `digits_params`, the committed profiles, and a plan that measures in seconds."""
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    (tmp_path / "profiles/measure.json").write_text(json.dumps(QUICK_PLAN))
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(digits_fields))
     monkeypatch.chdir(tmp_path)
     return tmp_path

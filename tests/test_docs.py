@@ -21,6 +21,7 @@ from PIL import Image
 
 from pipeline.cli import app
 from pipeline.params import markdown, parse_params
+from tests.conftest import QUICK_PLAN
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -172,6 +173,7 @@ def test_own_data_and_own_network_work_as_the_pages_say(reader: tuple[Path, dict
     fields = merged(fields, merged(yaml.safe_load(blocks_of("own-backbone.md", "yaml")[0]), {"backbone": {"weights": None}, "pretrain": {"epochs": 1}}))
     (folder / "params.yaml").write_text(yaml.safe_dump(fields))
     shutil.copytree(ROOT / "profiles", folder / "profiles")
+    (folder / "profiles/measure.json").write_text(json.dumps(QUICK_PLAN))
     for command in (
         *quick("own-data.md"),
         *(f"python -m pipeline.cli {stage}" for stage in ("pretrain", "profile", "search", "finetune", "export", "evaluate", "report")),

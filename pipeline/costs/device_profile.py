@@ -1,287 +1,143 @@
-"""DeviceProfile: what one device and runtime were measured to take, as versioned JSON others can contribute (METHODS 4)."""
+"""DeviceProfile: what one device and runtime were measured to take, as versioned JSON others can contribute, and what it foresees from that (METHODS 4)."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
-
+from models.operations import Operation
+from pipeline.costs.fused import kernel_calls
+from pipeline.costs.kernel_call import KernelCall
+from pipeline.costs.latency_model import KernelTime, LatencyModel, RunTime
+from pipeline.costs.measured_times import CoderTimes, ImageTimes, Spread, between, checked_ms
 from pipeline.errors import ProfileError
-from pipeline.files import atomic_write_json
+from pipeline.files import atomic_write_text
 
-if TYPE_CHECKING:
-    from models.cutting import CutPoint
-
-SCHEMA_VERSION = 1
-LOSSLESS = 100
+SCHEMA_VERSION = 2
 MACS_TOLERANCE = 0.05
-AGAIN = "measure it again with `python -m pipeline.cli measure --into profiles/NAME.json`"
-MEASURE_ADVICE = "set the device's profile to `measure` in params.yaml, or run `python -m pipeline.cli measure --into profiles/NAME.json`"
+AGAIN = "measure it again with `python -m pipeline.cli profile --into profiles/NAME.json`"
+MEASURE_ADVICE = "set the device's profile to `measure` in params.yaml, or run `python -m pipeline.cli profile --into profiles/NAME.json`"
+CALL_COLUMNS = tuple(field.name for field in dataclasses.fields(KernelCall))
+
+Precision = Literal["fp32", "int8"]
 
 
-class Spread(NamedTuple):
-    """A median and the quartiles around it, in ms."""
-
-    median_ms: float
-    low_ms: float
-    high_ms: float
-
-    def scaled(self, factor: float) -> Spread:
-        return Spread(*(ms * factor for ms in self))
-
-
-class Point(NamedTuple):
-    """What a module of `macs` multiply-accumulates took, call overhead taken off."""
+@dataclass(frozen=True)
+class WholeNetwork:
+    """A backbone measured as a whole: its MACs for one image, and the time of a call by precision."""
 
     macs: int
-    median_ms: float
-    low_ms: float
-    high_ms: float
-
-    def scaled(self, factor: float) -> Point:
-        return Point(self.macs, *(ms * factor for ms in self[1:]))
-
-
-def interpolate_ms(points: Sequence[Point], macs: float) -> float:
-    """Median at `macs`, linear between the two nearest measured points and constant beyond the outermost."""
-    return float(np.interp(macs, [point.macs for point in points], [point.median_ms for point in points]))
-
-
-@dataclass(frozen=True)
-class Block:
-    """The layers between the previous cut and the cut `name`, whose crossing tensor has `shape`; `points` by rising MACs, the last unpruned."""
-
-    name: str
-    shape: tuple[int, ...]
-    points: tuple[Point, ...]
-
-
-@dataclass(frozen=True)
-class BackboneProfile:
-    """All that was measured for one backbone at one input shape.
-
-    `call_overhead` is one ONNX Runtime call that computes nothing; it is already taken off `blocks`, `encoder` and `decoder`, not off `full`.
-    `encoder` and `decoder` hold a grid of code widths and strides for every feature shape, written CxHxW.
-    `webp_encode` goes by quality (100 = lossless); `preprocess` takes uint8 pixels
-    of the right size to the network's float input.
-    """
-
-    call_overhead: Spread
-    blocks: tuple[Block, ...]
-    full: Point
-    encoder: Mapping[str, tuple[Point, ...]]
-    decoder: Mapping[str, tuple[Point, ...]]
-    preprocess: Spread
-    webp_encode: Mapping[int, Spread]
-    webp_decode: Spread
-
-    @property
-    def sum_over_full(self) -> float:
-        """Blocks measured alone over the whole network measured at once: 1 when cutting costs the runtime no optimisation."""
-        return sum(block.points[-1].median_ms for block in self.blocks) / (self.full.median_ms - self.call_overhead.median_ms)
-
-    def blocks_up_to(self, cut: str) -> tuple[Block, ...]:
-        """The blocks on the device side of `cut`.
-
-        Raises:
-            ProfileError: there is no such cut.
-        """
-        names = ["input", *(block.name for block in self.blocks)]
-        if cut not in names:
-            raise ProfileError(f"the profile has no cut {cut}; it has {', '.join(names)}.")
-        return self.blocks[: names.index(cut)]
-
-    def half_ms(self, block_macs: Mapping[str, float]) -> float:
-        """One ONNX Runtime call that computes the named blocks at the given MACs, in ms.
-
-        A block that computes nothing any more takes no time. Blocks measured alone pay for layout changes at their borders, so their sum is scaled to
-        the whole network measured at once; all blocks unpruned thus give `full`.
-
-        Raises:
-            ProfileError: a block that was not measured.
-        """
-        points = {block.name: block.points for block in self.blocks}
-        unknown = sorted(set(block_macs) - set(points))
-        if unknown:
-            raise ProfileError(f"the profile has no block {unknown[0]}; it has {', '.join(points)}.")
-        return (
-            self.call_overhead.median_ms
-            + sum(interpolate_ms(points[name], macs) for name, macs in block_macs.items() if macs or not points[name][-1].macs) / self.sum_over_full
-        )
-
-    def codec_ms(self, side: str, cut: str, macs: float) -> float:
-        """The `encoder` or `decoder` convolutions (with quantisation) at `cut`, in ms without a call overhead.
-
-        Raises:
-            ProfileError: no such cut, or its feature takes no codec.
-        """
-        blocks = self.blocks_up_to(cut)
-        shape = shape_key(blocks[-1].shape) if blocks else "input"
-        grid = self.encoder if side == "encoder" else self.decoder
-        if shape not in grid:
-            raise ProfileError(f"the profile has no {side} for the feature at cut {cut} ({shape}); cut where the feature is still an image.")
-        return interpolate_ms(grid[shape], macs)
-
-    def webp_encode_ms(self, quality: int) -> float:
-        """WebP at `quality`: lossless as measured, lossy interpolated between the measured qualities, in ms."""
-        if quality == LOSSLESS and LOSSLESS in self.webp_encode:
-            return self.webp_encode[LOSSLESS].median_ms
-        lossy = sorted(q for q in self.webp_encode if q != LOSSLESS) or [LOSSLESS]
-        return float(np.interp(quality, lossy, [self.webp_encode[q].median_ms for q in lossy]))
-
-    def scaled(self, factor: float) -> BackboneProfile:
-        def each(grid: Mapping[str, tuple[Point, ...]]) -> dict[str, tuple[Point, ...]]:
-            return {shape: tuple(point.scaled(factor) for point in points) for shape, points in grid.items()}
-
-        return BackboneProfile(
-            call_overhead=self.call_overhead.scaled(factor),
-            blocks=tuple(replace(block, points=tuple(point.scaled(factor) for point in block.points)) for block in self.blocks),
-            full=self.full.scaled(factor),
-            encoder=each(self.encoder),
-            decoder=each(self.decoder),
-            preprocess=self.preprocess.scaled(factor),
-            webp_encode={quality: spread.scaled(factor) for quality, spread in self.webp_encode.items()},
-            webp_decode=self.webp_decode.scaled(factor),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "call_overhead": _rounded(self.call_overhead),
-            "blocks": [{"name": block.name, "shape": list(block.shape), "points": [_rounded(point) for point in block.points]} for block in self.blocks],
-            "full": _rounded(self.full),
-            "sum_over_full": round(self.sum_over_full, 4),
-            "encoder": {shape: [_rounded(point) for point in points] for shape, points in self.encoder.items()},
-            "decoder": {shape: [_rounded(point) for point in points] for shape, points in self.decoder.items()},
-            "preprocess": _rounded(self.preprocess),
-            "webp_encode": {str(quality): _rounded(spread) for quality, spread in self.webp_encode.items()},
-            "webp_decode": _rounded(self.webp_decode),
-        }
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> BackboneProfile:
-        profile = cls(
-            call_overhead=_spread(fields["call_overhead"], "call_overhead"),
-            blocks=tuple(Block(str(b["name"]), tuple(int(n) for n in b["shape"]), _points(b["points"], f"block {b['name']}")) for b in fields["blocks"]),
-            full=_points([fields["full"]], "full")[0],
-            encoder={shape: _points(points, f"encoder {shape}") for shape, points in fields["encoder"].items()},
-            decoder={shape: _points(points, f"decoder {shape}") for shape, points in fields["decoder"].items()},
-            preprocess=_spread(fields["preprocess"], "preprocess"),
-            webp_encode={int(quality): _spread(ms, f"webp_encode {quality}") for quality, ms in fields["webp_encode"].items()},
-            webp_decode=_spread(fields["webp_decode"], "webp_decode"),
-        )
-        if not profile.webp_encode:
-            raise ValueError("webp_encode has no quality")
-        if profile.full.median_ms <= profile.call_overhead.median_ms:
-            raise ValueError("full takes no longer than a call that computes nothing")
-        if not sum(block.points[-1].median_ms for block in profile.blocks) > 0:
-            raise ValueError("the blocks take no time")
-        return profile
-
-
-@dataclass(frozen=True)
-class CoderTimes:
-    """The entropy coder with framing: `fixed + per_symbol * symbols`, each way; `implementation` is c or python."""
-
-    implementation: str
-    encode_fixed_ms: float
-    encode_per_symbol_ms: float
-    decode_fixed_ms: float
-    decode_per_symbol_ms: float
-
-    def encode_ms(self, symbols: int) -> float:
-        return self.encode_fixed_ms + self.encode_per_symbol_ms * symbols
-
-    def decode_ms(self, symbols: int) -> float:
-        return self.decode_fixed_ms + self.decode_per_symbol_ms * symbols
-
-    def scaled(self, factor: float) -> CoderTimes:
-        times = (self.encode_fixed_ms, self.encode_per_symbol_ms, self.decode_fixed_ms, self.decode_per_symbol_ms)
-        return CoderTimes(self.implementation, *(ms * factor for ms in times))
+    ms: Mapping[str, Spread]
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """Measured medians of one device and runtime at a stated thread count; `backbones` goes by `backbone_key`.
+    """What one device and runtime took at a stated thread count: medians and quartiles, in ms, as measured.
 
-    `slowdown` is the factor by which every time was multiplied to stand in for a slower device (METHODS 1); 1 is as measured.
-    `channel_block` is the multiple to which pruned widths are best rounded.
+    `nchwc_block` is the number of channels that the runtime's convolutions hold together there, 0 where layouts are plain; `channel_block` is the multiple to
+    which pruned widths are best rounded, since a convolution is no faster between two of them. `kernels` are single kernels by ONNX Runtime's own
+    profile, `runs` whole calls of a session. `images` goes by image size, `networks` by `backbone_key`. `slowdown` is the factor by which every time that
+    the methods give is multiplied to stand in for a slower device (METHODS 1), 1 being as measured; the fields themselves are without it.
     """
 
     name: str
     runtime: str
     threads: int
     machine: Mapping[str, str]
+    nchwc_block: int
+    channel_block: int
+    kernels: Mapping[KernelCall, Spread]
+    runs: Sequence[RunTime]
+    images: Mapping[int, ImageTimes]
+    networks: Mapping[str, WholeNetwork]
     coder: CoderTimes
-    backbones: Mapping[str, BackboneProfile]
     slowdown: float = 1.0
-    channel_block: int = 1
 
-    def backbone(self, key: str) -> BackboneProfile:
-        """What was measured for `key`.
+    @cached_property
+    def _model(self) -> LatencyModel:
+        return _fitted(tuple(KernelTime(call, spread.median_ms) for call, spread in self.kernels.items()), tuple(self.runs))
+
+    def half_ms(self, operations: Sequence[Operation], precision: Precision = "fp32") -> float:
+        """One call of a session that computes `operations` on one image, in ms: predicted, from kernels and runs like its own (`LatencyModel`)."""
+        return self.slowdown * self._model.run_ms(kernel_calls(operations, precision, block=self.nchwc_block))
+
+    def network(self, key: str, precision: Precision = "fp32") -> Spread | None:
+        """The measured time of a whole backbone, if it was measured in this precision."""
+        known = self.networks.get(key)
+        return known.ms[precision].scaled(self.slowdown) if known and precision in known.ms else None
+
+    @property
+    def coder_times(self) -> CoderTimes:
+        return self.coder.scaled(self.slowdown)
+
+    def image(self, size: int) -> ImageTimes:
+        """Preprocessing and image codecs at `size` x `size` pixels; for a size not measured, in proportion to the pixels between the nearest that were.
 
         Raises:
-            ProfileError: nothing was.
+            ProfileError: no size was measured.
         """
-        if key not in self.backbones:
-            raise ProfileError(f"profile {self.name} has no {key}, only {', '.join(sorted(self.backbones)) or 'nothing'}; {MEASURE_ADVICE}.")
-        return self.backbones[key]
+        if not self.images:
+            raise ProfileError(f"profile {self.name} has no image sizes; {AGAIN}.")
+        return between(self.images, size).scaled(self.slowdown)
 
-    def check_cuts(self, key: str, cuts: Sequence[CutPoint]) -> None:
-        """Compare the measured blocks with the cut points (input first) of the backbone at hand.
+    def remark(self, key: str, macs: int) -> str | None:
+        """Why predictions for the backbone `key`, of `macs` MACs, are less sure with this profile; None if it was measured with this very backbone.
 
-        Raises:
-            ProfileError: other names, or block MACs that differ by more than 5 % of the network (a classifier with other classes passes).
+        Anything is predicted, from kernels like those that were measured; a classifier with other classes passes as the same.
         """
-        blocks = self.backbone(key).blocks
-        if [block.name for block in blocks] != [cut.name for cut in cuts[1:]]:
-            theirs, ours = {block.name for block in blocks}, {cut.name for cut in cuts[1:]}
-            odd = sorted(theirs ^ ours) or ["their order"]
-            raise ProfileError(
-                f"profile {self.name} was measured on another {key} or with other search.cuts: they differ in {', '.join(odd[:3])}; {MEASURE_ADVICE}."
+        known = self.networks.get(key)
+        if known is None:
+            has = f"only {', '.join(sorted(self.networks))}" if self.networks else "no backbone"
+            return f"profile {self.name} was measured with {has}, not with {key}, so its predictions are less sure; for better ones, {MEASURE_ADVICE}."
+        if abs(known.macs - macs) > MACS_TOLERANCE * macs:
+            return (
+                f"profile {self.name} was measured with another {key}, of {known.macs} MACs where this one has {macs}, so its predictions are less sure; "
+                f"for better ones, {MEASURE_ADVICE}."
             )
-        for block, before, cut in zip(blocks, cuts[:-1], cuts[1:], strict=True):
-            if abs(block.points[-1].macs - (cut.macs - before.macs)) > MACS_TOLERANCE * cuts[-1].macs:
-                raise ProfileError(
-                    f"profile {self.name} was measured on another {key}: block {block.name} had {block.points[-1].macs} MACs there "
-                    f"and has {cut.macs - before.macs} here; {MEASURE_ADVICE}."
-                )
+        return None
 
     def slowed(self, factor: float) -> DeviceProfile:
         """This device, `factor` times slower in everything it computes."""
-        return replace(
-            self,
-            slowdown=self.slowdown * factor,
-            coder=self.coder.scaled(factor),
-            backbones={key: backbone.scaled(factor) for key, backbone in self.backbones.items()},
-        )
+        return replace(self, slowdown=self.slowdown * factor)
 
-    def only(self, key: str) -> DeviceProfile:
-        """This profile without the other backbones.
+    def only(self, size: int) -> DeviceProfile:
+        """This profile for images of `size` x `size` alone: their codecs, by `image` if that size was not measured, and the backbones at that size.
 
         Raises:
-            ProfileError: `key` was not measured.
+            ProfileError: no image size was measured.
         """
-        return replace(self, backbones={key: self.backbone(key)})
+        images = {size: replace(self, slowdown=1.0).image(size)}
+        return replace(self, images=images, networks={key: network for key, network in self.networks.items() if key.endswith(backbone_key("", size))})
 
     def merged(self, newer: DeviceProfile) -> DeviceProfile:
-        """This profile with the backbones of `newer` added or replaced, and its coder times.
+        """This profile with what `newer` has added or replaced.
 
         Raises:
             ProfileError: the two come from different machines, runtimes or thread counts.
         """
-        for field in ("machine", "runtime", "threads", "slowdown", "channel_block"):
+        for field in ("machine", "runtime", "threads", "slowdown", "nchwc_block", "channel_block"):
             mine, theirs = getattr(self, field), getattr(newer, field)
             if mine != theirs:
                 raise ProfileError(f"profile {self.name} has {field} {mine} but this measurement {theirs}; measure into another file.")
-        return replace(newer, name=self.name, backbones={**self.backbones, **newer.backbones})
+        return replace(
+            newer,
+            name=self.name,
+            kernels={**self.kernels, **newer.kernels},
+            runs=tuple({run.calls: run for run in (*self.runs, *newer.runs)}.values()),
+            images={**self.images, **newer.images},
+            networks={**self.networks, **newer.networks},
+        )
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: kernels as a table, runs as the numbers of their kernels in it; times to four digits."""
+        calls = list(dict.fromkeys([*self.kernels, *(call for run in self.runs for call in run.calls)]))
+        number = {call: index for index, call in enumerate(calls)}
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
@@ -289,9 +145,22 @@ class DeviceProfile:
             "threads": self.threads,
             "machine": dict(self.machine),
             "slowdown": self.slowdown,
+            "nchwc_block": self.nchwc_block,
             "channel_block": self.channel_block,
-            "coder": {key: round(value, 9) if isinstance(value, float) else value for key, value in vars(self.coder).items()},
-            "backbones": {key: backbone.to_dict() for key, backbone in self.backbones.items()},
+            "coder": self.coder.to_dict(),
+            "images": {str(size): times.to_dict() for size, times in self.images.items()},
+            "networks": {
+                key: {"macs": network.macs, **{precision: spread.rounded() for precision, spread in network.ms.items()}}
+                for key, network in self.networks.items()
+            },
+            "kernels": {
+                "columns": [*CALL_COLUMNS, *Spread._fields],
+                "rows": [[*_row(call), *(self.kernels[call].rounded() if call in self.kernels else [None] * 3)] for call in calls],
+            },
+            "runs": {
+                "columns": ["kernels", *Spread._fields],
+                "rows": [[[number[call] for call in run.calls], *Spread(run.median_ms, run.low_ms, run.high_ms).rounded()] for run in self.runs],
+            },
         }
 
     @classmethod
@@ -305,17 +174,20 @@ class DeviceProfile:
             version = fields.get("schema_version") if isinstance(fields, dict) else None
             raise ProfileError(f"{where} has schema version {version}, this program reads {SCHEMA_VERSION}; {AGAIN}.")
         try:
-            coder = fields["coder"]
-            times = [_ms(coder[key], f"coder.{key}") for key in ("encode_fixed_ms", "encode_per_symbol_ms", "decode_fixed_ms", "decode_per_symbol_ms")]
+            calls, kernels = _kernels(fields["kernels"])
             return cls(
                 name=str(fields["name"]),
                 runtime=str(fields["runtime"]),
                 threads=int(fields["threads"]),
                 machine={str(key): str(value) for key, value in fields["machine"].items()},
-                coder=CoderTimes(str(coder["implementation"]), *times),
-                backbones={key: BackboneProfile.from_dict(backbone) for key, backbone in fields["backbones"].items()},
-                slowdown=_ms(fields["slowdown"], "slowdown"),
+                nchwc_block=int(fields["nchwc_block"]),
                 channel_block=int(fields["channel_block"]),
+                kernels=kernels,
+                runs=_runs(fields["runs"], calls),
+                images={int(size): ImageTimes.from_dict(times, f"images {size}") for size, times in fields["images"].items()},
+                networks={key: _network(network, f"network {key}") for key, network in fields["networks"].items()},
+                coder=CoderTimes.from_dict(fields["coder"]),
+                slowdown=checked_ms(fields["slowdown"], "slowdown"),
             )
         except KeyError as error:
             raise ProfileError(f"{where} lacks {error.args[0]}; {AGAIN}.") from None
@@ -324,7 +196,7 @@ class DeviceProfile:
 
     def save(self, path: Path) -> None:
         """Write the profile whole or not at all."""
-        atomic_write_json(path, self.to_dict())
+        atomic_write_text(path, _text(self.to_dict()))
 
     @classmethod
     def load(cls, path: Path) -> DeviceProfile:
@@ -347,30 +219,60 @@ def backbone_key(name: str, image_size: int) -> str:
     return f"{name}@3x{image_size}x{image_size}"
 
 
-def shape_key(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape)
+@lru_cache(maxsize=2)  # device and edge of one file, whatever their slowdowns, are one model, which takes seconds to fit
+def _fitted(kernels: tuple[KernelTime, ...], runs: tuple[RunTime, ...]) -> LatencyModel:
+    return LatencyModel(kernels, runs)
 
 
-def _rounded(times: Spread | Point) -> list[float]:
-    return [value if isinstance(value, int) else round(value, 6) for value in times]
+def _row(call: KernelCall) -> list[Any]:
+    written = call.to_dict()
+    return [written.get(name) for name in CALL_COLUMNS]
 
 
-def _ms(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{where} is {value!r}, not a number of 0 or more")
-    return float(value)
+def _kernels(table: Mapping[str, Any]) -> tuple[list[KernelCall], dict[KernelCall, Spread]]:
+    """Every kernel in the order of the rows, and the times of those measured alone."""
+    if list(table["columns"]) != [*CALL_COLUMNS, *Spread._fields]:
+        raise ValueError(f"kernels has the columns {', '.join(map(str, table['columns']))}")
+    calls, times = [], {}
+    for number, row in enumerate(table["rows"]):
+        if len(row) != len(table["columns"]):
+            raise ValueError(f"kernel {number} has {len(row)} columns of {len(table['columns'])}")
+        named = zip(CALL_COLUMNS, row[: len(CALL_COLUMNS)], strict=True)
+        call = KernelCall.from_dict({name: value for name, value in named if value is not None})
+        calls.append(call)
+        if row[-3:] != [None] * 3:
+            times[call] = Spread.checked(row[-3:], f"kernel {number} ({call.op})", positive=True)
+    return calls, times
 
 
-def _spread(values: Sequence[Any], where: str) -> Spread:
-    if len(values) != 3:
-        raise ValueError(f"{where} is not [median, low, high]")
-    return Spread(*(_ms(value, where) for value in values))
+def _runs(table: Mapping[str, Any], calls: Sequence[KernelCall]) -> tuple[RunTime, ...]:
+    runs = []
+    for number, (kernels, *times) in enumerate(table["rows"]):
+        if any(type(index) is not int or not 0 <= index < len(calls) for index in kernels):
+            raise ValueError(f"run {number} calls kernels {kernels} of {len(calls)}")
+        runs.append(RunTime(tuple(calls[index] for index in kernels), *Spread.checked(times, f"run {number}", positive=True)))
+    return tuple(runs)
 
 
-def _points(rows: Sequence[Sequence[Any]], where: str) -> tuple[Point, ...]:
-    if not rows or any(len(row) != 4 for row in rows):
-        raise ValueError(f"{where} is not a list of [macs, median, low, high]")
-    points = tuple(Point(int(_ms(row[0], f"{where} macs")), *(_ms(value, where) for value in row[1:])) for row in rows)
-    if any(a.macs >= b.macs for a, b in itertools.pairwise(points)):
-        raise ValueError(f"{where} is not in order of rising MACs")
-    return points
+def _network(fields: Mapping[str, Any], where: str) -> WholeNetwork:
+    times = {precision: Spread.checked(ms, f"{where} {precision}", positive=True) for precision, ms in fields.items() if precision != "macs"}
+    if not math.isfinite(fields["macs"]) or fields["macs"] < 0:
+        raise ValueError(f"{where} macs is {fields['macs']!r}")
+    return WholeNetwork(int(fields["macs"]), times)
+
+
+def _text(fields: Mapping[str, Any]) -> str:
+    """`fields` as JSON that a person can read and a diff can follow: a line for each field, and for each row of a table."""
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+    def lines(value: Any, depth: int) -> str:
+        if isinstance(value, dict) and value and depth < 3:
+            inside = ",\n".join(f"{' ' * depth}{json.dumps(key)}: {lines(value[key], depth + 1)}" for key in sorted(value))
+            return f"{{\n{inside}\n{' ' * (depth - 1)}}}"
+        if isinstance(value, list) and any(isinstance(item, list) for item in value):
+            return "[\n" + ",\n".join(compact(item) for item in value) + "\n]"
+        return compact(value)
+
+    return lines(dict(fields), 1) + "\n"

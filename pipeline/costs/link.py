@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.errors import ParamsError
+from pipeline.runtime.frame import OVERHEAD_BYTES
 
 TCP_IP_HEADER_BYTES = 52
 TCP_SEGMENT_BYTES = 1448
@@ -14,6 +15,17 @@ TCP_SEGMENT_BYTES = 1448
 def wire_bytes(frame_bytes: int) -> int:
     """Bytes a frame of `frame_bytes` occupies on the wire with TCP/IP headers (METHODS 1)."""
     return frame_bytes + TCP_IP_HEADER_BYTES * math.ceil(frame_bytes / TCP_SEGMENT_BYTES)
+
+
+def mean_wire_bytes(frame_bytes: float) -> float:
+    """Wire bytes of frames that are `frame_bytes` on average, as if all had that size."""
+    whole = math.ceil(frame_bytes)
+    return frame_bytes + wire_bytes(whole) - whole
+
+
+def reply_frame_bytes(classes: int) -> int:
+    """A reply frame: the edge's two times and the logits, all float32."""
+    return OVERHEAD_BYTES + 4 * (2 + classes)
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,11 @@ class Link:
     def transmit_ms(self, n_wire_bytes: float) -> float:
         """Time `n_wire_bytes` occupy the sender: 8*bytes/rate."""
         return 8 * n_wire_bytes / (self.rate_mbps * 1e3)
+
+
+def link_ms(frame_bytes: float, reply_bytes: float, link: Link) -> float:
+    """Uplink, round trip and reply of one request on an idle link, in ms."""
+    return link.transmit_ms(mean_wire_bytes(frame_bytes)) + link.rtt_ms + link.transmit_ms(mean_wire_bytes(reply_bytes))
 
 
 class Serialiser:

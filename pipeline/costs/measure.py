@@ -1,366 +1,272 @@
-"""Measuring a DeviceProfile on this machine: every block through a real ONNX Runtime session of its own."""
+"""Measuring a DeviceProfile, on this machine or by a profile agent on another: random chains of kernels, pruned halves of a backbone, and all else a candidate
+needs, each through ONNX Runtime as it is deployed."""
 
 from __future__ import annotations
 
-import gc
-import io
-import itertools
+import hashlib
 import json
-import math
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
-from onnx.utils import Extractor
-from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from models.backbones import build_backbone
-from models.codec import CodecSpec, UniformCodec
-from models.cutting import CutPoint, count_macs, cut_points, segment_modules
-from models.pruning import prune_head
-from pipeline.costs.device_profile import BackboneProfile, Block, CoderTimes, DeviceProfile, Point, Spread, backbone_key, shape_key
+from models.cutting import CutPoint, cut_points
+from pipeline.costs.chains import random_chains
+from pipeline.costs.device_profile import DeviceProfile, WholeNetwork, backbone_key
+from pipeline.costs.kernel_call import KernelCall
+from pipeline.costs.latency_model import RunTime
+from pipeline.costs.measure_plan import MeasurePlan
+from pipeline.costs.measured_times import CoderTimes, ImageTimes, Spread
+from pipeline.costs.profiled import block_probe, channel_block, profiled_kernels
+from pipeline.costs.random_halves import random_halves
 from pipeline.errors import Interrupted, ModelError, ProfileError
-from pipeline.machine import cpu_name
+from pipeline.files import atomic_write_bytes
+from pipeline.onnx_export import export_onnx
 from pipeline.params import Params
-from pipeline.paths import DATA_CARD, profile_file
-from pipeline.runtime import coder
-from pipeline.runtime.bundle import open_session
-from pipeline.runtime.context import fit_contexts
-from pipeline.runtime.frame import Kind, pack, unpack
-from pipeline.runtime.images import encode_image
-from pipeline.runtime.preprocess import Preprocessing
+from pipeline.paths import DATA_CARD, STATE, profile_file
+from pipeline.quantising import quantise
+from pipeline.runtime.bench import Bench, CoderWork, ImageWork, LocalBench, ModelWork, Repeats, Samples, Work
+from pipeline.runtime.bench_wire import packed, replied, reply, request, unpacked
 
-CODER_BITS = 4
-CODER_CHANNELS, CODER_IMAGES = 16, 64
-
-
-@dataclass(frozen=True)
-class MeasurePlan:
-    """How a machine is measured: profiles/measure.json.
-
-    Each of `rounds` visits every session in turn, runs it `warmup` times untimed and `repeats` times timed, so a slow minute touches all alike.
-    `keep` are the kept fractions blocks are pruned to, `code_channels` x `strides` the codecs, `coder_symbols` two sizes of a code.
-    """
-
-    threads: int
-    rounds: int
-    repeats: int
-    warmup: int
-    keep: tuple[float, ...]
-    code_channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    coder_symbols: tuple[int, int]
-    webp_qualities: tuple[int, ...]
-
-    @classmethod
-    def load(cls, path: Path) -> MeasurePlan:
-        """Read and check `path`.
-
-        Raises:
-            ProfileError: the plan is missing, or one of its numbers cannot be used.
-        """
-        try:
-            given = json.loads(path.read_text())
-            plan = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})  # type: ignore[arg-type]
-        except FileNotFoundError:
-            raise ProfileError(f"the measuring plan {path} is missing; take it from the repository.") from None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ProfileError(f"the measuring plan {path} is wrong ({error}); it holds {', '.join(f.name for f in fields(cls))}.") from None
-        try:
-            plan._check()
-        except (TypeError, ValueError) as error:
-            raise ProfileError(f"the measuring plan {path} is wrong ({error}); compare it with the one in the repository.") from None
-        return plan
-
-    def _check(self) -> None:
-        counts = (self.threads, self.rounds, self.repeats, self.warmup + 1, *self.code_channels, *self.strides, *self.coder_symbols, *self.webp_qualities)
-        if any(not isinstance(count, int) or count < 1 for count in counts):
-            raise ValueError("counts are whole numbers of 1 or more, warmup of 0 or more")
-        if 1 not in self.keep or not all(0 < ratio <= 1 for ratio in self.keep):
-            raise ValueError("keep lists fractions above 0 and at most 1, and has 1")
-        if len(self.coder_symbols) != 2 or self.coder_symbols[0] >= self.coder_symbols[1]:
-            raise ValueError("coder_symbols are a smaller and a larger number")
-        if not (self.code_channels and self.strides and self.webp_qualities):
-            raise ValueError("code_channels, strides and webp_qualities name at least one each")
+KEPT = STATE / "profiling"
+AT_ONCE, AT_ONCE_BYTES = 16, 64_000_000  # models that take turns: a small device holds each twice, prepacked
+CALIBRATION_IMAGES = 4  # what a random network's integers stand for does not change its time
+PLAIN_BLOCK = 4  # filters that ONNX Runtime's matrix product takes at once where there are no blocked layouts, as on Arm
+PRECISIONS = ("fp32", "int8")
 
 
-def measure_into(params: Params, path: Path) -> DeviceProfile:
-    """Measure this machine for the backbone in `params` and merge the result into the profile at `path`.
+def measure_into(params: Params, path: Path, bench: Bench | None = None) -> DeviceProfile:
+    """Measure `bench`, this machine if left out, for the backbone in `params`, and merge the result into the profile at `path`.
 
     Where no data were prepared the network gets 10 classes, which only the last layer's width shows.
 
     Raises:
-        ProfileError: `path` holds another machine's profile, or is not a profile.
+        ProfileError: `path` holds another machine's profile, or is not a profile; or see `measure_profile`.
     """
-    plan = MeasurePlan.load(profile_file("measure"))
+    plan, bench = MeasurePlan.load(profile_file("measure")), bench or LocalBench()
     known = DeviceProfile.load(path) if path.exists() else None
     if known:
-        known.merged(replace(known, **_machine(plan)))  # refused now rather than after minutes of measuring
+        described = _device(bench.describe(), plan)
+        known.merged(replace(known, **described))  # refused now rather than after minutes of measuring
     classes = len(json.loads(DATA_CARD.read_text())["classes"]) if DATA_CARD.exists() else 10
     image_size = params.data.image_size
-    model = build_backbone(params.backbone.name, classes, image_size).eval()
+    model = untrained(params.backbone.name, classes, image_size)
     example = torch.zeros(1, 3, image_size, image_size)
-    profile = measure_profile(path.stem, params.backbone.name, model, example, cut_points(model, example, params.search.cuts), plan)
+    profile = measure_profile(path.stem, params.backbone.name, model, example, cut_points(model, example, params.search.cuts), plan, bench)
     merged = known.merged(profile) if known else profile
     merged.save(path)
     return merged
 
 
-def _machine(plan: MeasurePlan) -> dict[str, Any]:
-    return {
-        "runtime": f"onnxruntime {ort.__version__}",
-        "threads": plan.threads,
-        "machine": {"cpu": cpu_name(), "os": platform.system(), "arch": platform.machine()},
-    }
+def untrained(backbone: str, classes: int, image_size: int) -> nn.Module:
+    """The backbone with the same random weights every time, so that what was measured of it before an interruption is found again."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_backbone(backbone, classes, image_size).eval()
 
 
-def measure_profile(name: str, backbone_name: str, model: nn.Module, example: Tensor, cuts: Sequence[CutPoint], plan: MeasurePlan) -> DeviceProfile:
-    """Measure `model` (in eval mode) at the shape of `example` (1, 3, S, S), block by block, and all else a candidate needs.
+def measure_profile(
+    name: str, backbone_name: str, model: nn.Module, example: Tensor, cuts: Sequence[CutPoint], plan: MeasurePlan, bench: Bench | None = None
+) -> DeviceProfile:
+    """Measure `bench`, this machine if left out, with `model` (in eval mode) at the shape of `example` (B, 3, S, S), and all else a candidate needs.
 
-    A ratio to which the network cannot be pruned gives no points.
+    What is done is kept in .coinfer/profiling until all is, so a measurement that was interrupted goes on when it is asked for again.
 
     Raises:
         ModelError: the network cannot be exported or cut.
+        ProfileError: a job cannot be measured there, or the profile agent is gone.
         Interrupted: Ctrl-C.
     """
-    bench = _Bench(plan)
+    bench = bench or LocalBench()
     image_size = example.shape[-1]
-    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    bench.session("nothing", _nothing(), torch.zeros(1, 1))
-    parts: dict[str, _Part] = {}
-    for ratio in sorted(plan.keep):
-        parts |= _blocks(model, image, cuts, ratio)
-    for cut in {cut.shape: cut for cut in cuts[1:-1] if len(cut.shape) == 3}.values():
-        key = _block_key(1, cut)
-        parts |= _codecs(key, parts[key].value, plan)
-    extractor = _export(parts, image)
-    macs = {}
-    for key, part in parts.items():
-        value = image if part.source is None else parts[part.source].value
-        bench.session(key, extractor.extract_model([part.source or "image"], [key]), value)
-        macs[key] = sum(count_macs(part.module, value).values())
-    bench.session("full", extractor.extract_model(["image"], [_block_key(1, cuts[-1])]), image)
-    _add_image(bench, image_size)
-    _add_coder(bench)
+    described = bench.describe()
     try:
-        times = bench.run()
+        with _Progress(name) as progress:
+            kept = _Kept(bench, described, plan.repeated)
+            block = _block(kept)
+            progress.preparing(f"{plan.halves} halves of {backbone_name}")
+            models, whole = _models(model, example, cuts, plan, block or PLAIN_BLOCK)
+            jobs = _beside(plan, image_size)
+            tasks: list[Task] = [*_batches(models, plan.passes)]
+            tasks += [[(None, job) for job in jobs[start : start + AT_ONCE]] for start in range(0, len(jobs), AT_ONCE)]
+            measured = _Measured()
+            for task in progress.each(tasks):
+                measured.add(task, kept.measure([job for _, job in task], models[whole["fp32"]] if task[0][0] is None else None))
     except KeyboardInterrupt:
-        raise Interrupted("measuring was interrupted; nothing is kept, run it again.") from None
-
-    call = times["nothing"]
-
-    def points(*prefix: str) -> tuple[Point, ...]:
-        keys = [key for key in parts if tuple(key.split(" ")[:2]) == prefix]
-        return _rising([Point(macs[key], *(max(ms - call.median_ms, 0.0) for ms in times[key])) for key in keys])
-
-    def grid(side: str) -> dict[str, tuple[Point, ...]]:
-        return {shape: points(side, shape) for shape in dict.fromkeys(key.split(" ")[1] for key in parts if key.startswith(side))}
-
-    blocks = tuple(Block(cut.name, tuple(cut.shape), points("block", cut.name)) for cut in cuts[1:])
-    webp = {quality: times[f"webp encode {quality}"] for quality in plan.webp_qualities}
-    measured = BackboneProfile(
-        call_overhead=call,
-        blocks=blocks,
-        full=Point(cuts[-1].macs, *times["full"]),
-        encoder=grid("encoder"),
-        decoder=grid("decoder"),
-        preprocess=times["preprocess"],
-        webp_encode=webp,
-        webp_decode=times["webp decode"],
-    )
-    return DeviceProfile(
+        raise Interrupted(f"measuring was interrupted; what is measured is kept in {KEPT}, run it again to go on from there.") from None
+    profile = DeviceProfile(
         name=name,
-        **_machine(plan),
-        coder=_coder_times(times, plan),
-        backbones={backbone_key(backbone_name, image_size): measured},
+        **_device(described, plan),
+        nchwc_block=block,
+        channel_block=block or PLAIN_BLOCK,
+        kernels={call: Spread.of(ms) for call, ms in measured.kernels.items()},
+        runs=measured.runs(),
+        images=_image_times(measured, plan, image_size),
+        networks={
+            backbone_key(backbone_name, image_size): WholeNetwork(cuts[-1].macs, {precision: measured.time(index) for precision, index in whole.items()})
+        },
+        coder=_coder_times(measured, plan, described["coder"]),
     )
+    kept.forget()
+    return profile
 
 
-class _Bench:
-    """Named calls, timed in interleaved rounds; those `beside` the network each after a call of it, which leaves the caches as they are in use."""
-
-    def __init__(self, plan: MeasurePlan) -> None:
-        self.plan = plan
-        self.calls: dict[str, Callable[[], object]] = {}
-        self.beside: dict[str, Callable[[], object]] = {}
-        self.random = np.random.default_rng(0)
-
-    def session(self, key: str, model: onnx.ModelProto, value: Tensor) -> None:
-        """Add a call of `model`, which has one input, on `value`."""
-        session = open_session(model.SerializeToString(), self.plan.threads)
-        feed = {model.graph.input[0].name: value.numpy()}
-        self.calls[key] = lambda: session.run(None, feed)
-
-    def run(self) -> dict[str, Spread]:
-        calls, network = self.calls | self.beside, self.calls["full"]
-        samples: dict[str, list[int]] = {key: [] for key in calls}
-        gc.collect()
-        gc.disable()  # a collection would land on whichever call is running
-        try:
-            for _ in range(self.plan.rounds):
-                for key in self.random.permutation(list(calls)):
-                    call, into = calls[key], samples[key]
-                    for _ in range(self.plan.warmup):
-                        call()
-                    for _ in range(self.plan.repeats):
-                        if key in self.beside:
-                            network()
-                        start = perf_counter_ns()
-                        call()
-                        into.append(perf_counter_ns() - start)
-        finally:
-            gc.enable()
-        return {key: _spread(values) for key, values in samples.items()}
+def _device(described: Mapping[str, Any], plan: MeasurePlan) -> dict[str, Any]:
+    return {"runtime": described["runtime"], "threads": plan.threads, "machine": described["machine"]}
 
 
-def _spread(nanoseconds: Sequence[int]) -> Spread:
-    low, median, high = np.percentile(np.asarray(nanoseconds) / 1e6, [25, 50, 75])
-    return Spread(float(median), float(low), float(high))
+def _models(model: nn.Module, example: Tensor, cuts: Sequence[CutPoint], plan: MeasurePlan, step: int) -> tuple[list[bytes], dict[str, int]]:
+    """Every ONNX model to measure, and which of them are the whole network, by precision."""
+    models = [chain.model for chain in random_chains(plan.chains)]
+    whole = [export_onnx(model, example, input_name="image", output_name="logits")]
+    random = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, *example.shape[1:], generator=random).numpy() for _ in range(CALIBRATION_IMAGES)]
+    with suppress(ModelError):  # such a network has no int8 half either
+        whole.append(quantise(whole[0], images))
+    numbers = {precision: len(models) + index for index, precision in enumerate(PRECISIONS[: len(whole)])}
+    on_device, on_edge = random_halves(model, example, cuts, (plan.halves, plan.edge_halves), step)
+    quantised = [quantise(half, images) for half in on_device[: plan.int8_halves]] if len(whole) > 1 else []
+    return [*models, *whole, *on_device, *on_edge, *quantised], numbers
 
 
-def _rising(points: Sequence[Point]) -> tuple[Point, ...]:
-    """`points` by MACs; those of equal MACs become one, at their mean."""
-    by_macs: dict[int, list[Point]] = {}
-    for point in points:
-        by_macs.setdefault(point.macs, []).append(point)
-    return tuple(Point(macs, *(float(ms) for ms in np.mean([point[1:] for point in same], axis=0))) for macs, same in sorted(by_macs.items()))
+def _beside(plan: MeasurePlan, image_size: int) -> list[Work]:
+    """All that a device does beside its network."""
+    jobs: list[Work] = []
+    for size in sorted({*plan.image_sizes, image_size}):
+        jobs.append(ImageWork("preprocess", size))
+        for name, qualities in plan.qualities.items():
+            for quality in qualities:
+                jobs += [ImageWork("encode", size, name, quality), ImageWork("decode", size, name, quality)]
+    return jobs + [work for symbols in plan.coder_symbols for work in (CoderWork("encode", symbols), CoderWork("decode", symbols))]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A module to time, fed by the part called `source` (None: the image), whose output for the example is `value`."""
-
-    source: str | None
-    module: nn.Module
-    value: Tensor
+Task = list[tuple[int | None, Work]]  # a model's number, None for what is no model
 
 
-class _Tree(nn.Module):
-    """All parts as one network with every result as an output: one export, which is slow, can then be cut at any of them."""
-
-    def __init__(self, parts: Mapping[str, _Part]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(part.module for part in parts.values())
-        order = list(parts)
-        self.sources = [None if part.source is None else order.index(part.source) for part in parts.values()]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs: list[Tensor] = []
-        for part, source in zip(self.parts, self.sources, strict=True):
-            outputs.append(part(x if source is None else outputs[source]))
-        return tuple(outputs)
-
-
-def _export(parts: Mapping[str, _Part], image: Tensor) -> Extractor:
-    """What extracts any part from the exported tree; tensors are called by their part's name, the image `image`."""
-    with torch.no_grad():
-        program = torch.onnx.export(_Tree(parts).eval(), (image,), dynamo=True, input_names=["image"], output_names=list(parts), verbose=False)
-    assert program is not None
-    return Extractor(program.model_proto)
+def _batches(models: Sequence[bytes], passes: int) -> Iterator[Task]:
+    """The models `passes` times in random order, as many at once as a small device can hold."""
+    random = np.random.default_rng(0)
+    for _ in range(passes):
+        batch: Task = []
+        size = 0
+        for index in map(int, random.permutation(len(models))):
+            if batch and (len(batch) == AT_ONCE or size + len(models[index]) > AT_ONCE_BYTES):
+                yield batch
+                batch, size = [], 0
+            batch.append((index, ModelWork(models[index])))
+            size += len(models[index])
+        yield batch
 
 
-def _nothing() -> onnx.ModelProto:
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in "xy")
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "nothing", [x], [y])
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+class _Measured:
+    """Samples of all passes, by job."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[KernelCall, list[float]] = defaultdict(list)
+        self.calls: dict[int, tuple[KernelCall, ...]] = {}
+        self.samples: dict[int | Work, list[float]] = defaultdict(list)
+
+    def add(self, task: Task, found: Sequence[Samples]) -> None:
+        for (index, job), samples in zip(task, found, strict=True):
+            self.samples[job if index is None else index] += samples.ms
+            if index is not None:
+                timed = profiled_kernels(onnx.load_from_string(samples.optimised), samples.events)
+                self.calls[index] = tuple(kernel.call for kernel in timed)
+                for kernel in timed:
+                    self.kernels[kernel.call].append(kernel.ms)
+
+    def time(self, job: int | Work) -> Spread:
+        return Spread.of(self.samples[job])
+
+    def runs(self) -> tuple[RunTime, ...]:
+        """Every model's; those that call the same kernels are one."""
+        same: dict[tuple[KernelCall, ...], list[float]] = defaultdict(list)
+        for index, calls in sorted(self.calls.items()):
+            same[calls] += self.samples[index]
+        return tuple(RunTime(calls, *Spread.of(ms)) for calls, ms in same.items())
 
 
-def _blocks(model: nn.Module, image: Tensor, cuts: Sequence[CutPoint], ratio: float) -> dict[str, _Part]:
-    """The blocks of `model` pruned to `ratio`, each fed by the one before; none if it cannot be pruned so far."""
-    layers = {cut.name: cut.layers for cut in cuts[1:]}
-    if ratio < 1:
-        try:
-            model, _ = prune_head(model, image, dict.fromkeys(layers, ratio), layers)
-        except ModelError:
-            return {}
-    parts: dict[str, _Part] = {}
-    value, source = image, None
-    for cut, module in zip(cuts[1:], segment_modules(model, image, cuts), strict=True):
-        with torch.no_grad():
-            value = module(value)
-        key = _block_key(ratio, cut)
-        parts[key] = _Part(source, module, value)
-        source = key
-    return parts
+def _image_times(measured: _Measured, plan: MeasurePlan, image_size: int) -> dict[int, ImageTimes]:
+    def side(work: Any, size: int) -> dict[Any, dict[int, Spread]]:
+        return {name: {quality: measured.time(ImageWork(work, size, name, quality)) for quality in qualities} for name, qualities in plan.qualities.items()}
+
+    sizes = sorted({*plan.image_sizes, image_size})
+    return {size: ImageTimes(measured.time(ImageWork("preprocess", size)), side("encode", size), side("decode", size)) for size in sizes}
 
 
-def _block_key(ratio: float, cut: CutPoint) -> str:
-    return f"block {cut.name} {ratio:g}"
-
-
-def _codecs(source: str, feature: Tensor, plan: MeasurePlan) -> dict[str, _Part]:
-    """An encoder and a decoder per code width and stride that the feature of part `source` admits."""
-    parts: dict[str, _Part] = {}
-    shape = tuple(feature.shape[1:])
-    for size in itertools.product(plan.code_channels, plan.strides):
-        try:
-            codec = UniformCodec(CodecSpec("uniform", *size, CODER_BITS), shape).eval()
-        except ModelError:
-            continue
-        encoder, decoder = nn.Sequential(codec.encode, codec.quantise), nn.Sequential(codec.dequantise, codec.decode)
-        key = f"{shape_key(shape)} {size}"
-        with torch.no_grad():
-            symbols = encoder(feature)
-            parts[f"encoder {key}"] = _Part(source, encoder, symbols)
-            parts[f"decoder {key}"] = _Part(f"encoder {key}", decoder, decoder(symbols))
-    return parts
-
-
-def _add_image(bench: _Bench, image_size: int) -> None:
-    """Add preprocessing and WebP both ways, each as the runtime does them for pixels of the right size."""
-    image = Image.fromarray(_photo(image_size))
-    preprocessing = Preprocessing(image_size)
-    pixels = preprocessing.pixels(image)
-    bench.beside["preprocess"] = lambda: preprocessing.tensor(pixels[None])
-    for quality in bench.plan.webp_qualities:
-        bench.beside[f"webp encode {quality}"] = partial(encode_image, pixels, "webp", quality)
-    middle = encode_image(pixels, "webp", sorted(bench.plan.webp_qualities)[len(bench.plan.webp_qualities) // 2])
-    bench.beside["webp decode"] = lambda: preprocessing.pixels(Image.open(io.BytesIO(middle)))
-
-
-def _add_coder(bench: _Bench) -> None:
-    """Add coding and framing of two sizes of code, with symbols as unevenly spread as features', by tables with contexts."""
-    for count in bench.plan.coder_symbols:
-        channels = math.gcd(count, CODER_CHANNELS)
-        height = next(side for side in range(math.isqrt(count // channels), 0, -1) if count // channels % side == 0)
-        shape = CODER_IMAGES, channels, height, count // channels // height
-        known = np.minimum(np.random.default_rng(0).geometric(0.3, shape) - 1, 2**CODER_BITS - 1).astype(np.uint8)
-        tables, symbols = coder.build_tables(known, CODER_BITS, fit_contexts(known)), known[0]
-        frame = pack(coder.encode(symbols, tables), b"\0\0\0\0", Kind.SYMBOLS)
-        bench.beside[f"coder encode {count}"] = partial(_encode, symbols, tables)
-        bench.beside[f"coder decode {count}"] = partial(_decode, frame, symbols.shape, tables)
-
-
-def _encode(symbols: np.ndarray[Any, Any], tables: coder.CodecTables) -> bytes:
-    return pack(coder.encode(symbols, tables), b"\0\0\0\0", Kind.SYMBOLS)
-
-
-def _decode(frame: bytes, shape: tuple[int, int, int], tables: coder.CodecTables) -> np.ndarray[Any, Any]:
-    return coder.decode(unpack(frame).payload, shape, tables)
-
-
-def _coder_times(times: Mapping[str, Spread], plan: MeasurePlan) -> CoderTimes:
+def _coder_times(measured: _Measured, plan: MeasurePlan, implementation: str) -> CoderTimes:
     few, many = plan.coder_symbols
 
-    def line(side: str) -> tuple[float, float]:
-        at_few, at_many = (times[f"coder {side} {count}"].median_ms for count in (few, many))
+    def line(work: Any) -> tuple[float, float]:
+        at_few, at_many = (measured.time(CoderWork(work, count)).median_ms for count in (few, many))
         per_symbol = max((at_many - at_few) / (many - few), 0.0)
         return max(at_few - per_symbol * few, 0.0), per_symbol
 
-    return CoderTimes("c" if coder.HAVE_C else "python", *line("encode"), *line("decode"))
+    return CoderTimes(implementation, *line("encode"), *line("decode"))
 
 
-def _photo(image_size: int) -> np.ndarray[Any, Any]:
-    """A smooth scene with grain, uint8 (S, S, 3): WebP's work depends on content, and neither noise nor a flat field is like a photograph."""
-    random = np.random.default_rng(0)
-    coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(coarse, np.float32) + random.normal(0, 6, (image_size, image_size, 3)), 0, 255).astype(np.uint8)
+def _block(kept: _Kept) -> int:
+    """The channels that a block of the device's layouts holds, 0 where layouts are plain."""
+    (probe,) = kept.measure([ModelWork(block_probe().SerializeToString())], None)
+    return channel_block(onnx.load_from_string(probe.optimised))
+
+
+@dataclass
+class _Kept:
+    """Measures on `bench`, unless that was done before and only what came after was interrupted; named by device, repeats, models and jobs."""
+
+    bench: Bench
+    described: Mapping[str, Any]
+    repeats: Repeats
+
+    def measure(self, jobs: Sequence[Work], beside: bytes | None) -> list[Samples]:
+        fields, blob = request(jobs, self.repeats, beside)
+        file = KEPT / f"{hashlib.sha256(packed({'device': self.described, **fields}, blob)).hexdigest()[:32]}.bin"
+        if file.exists():
+            try:
+                return replied(*unpacked(file.read_bytes()))
+            except (OSError, ProfileError):
+                file.unlink(missing_ok=True)  # damaged: measured anew
+        found = self.bench.measure(jobs, self.repeats, beside)
+        atomic_write_bytes(file, packed(*reply(found)))
+        return found
+
+    def forget(self) -> None:
+        shutil.rmtree(KEPT, ignore_errors=True)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere silence."""
+
+    def __init__(self, name: str) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+        self.name = name
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def preparing(self, what: str) -> None:
+        self.task = self.bar.add_task(f"profile {self.name}: exporting {what}", total=None)
+
+    def each(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        self.bar.update(self.task, description=f"profile {self.name}: measuring", total=len(tasks))
+        for task in tasks:
+            yield task
+            self.bar.advance(self.task)

@@ -29,8 +29,8 @@ CODEC = "codec.json"
 FILES = {"split": (DEVICE, EDGE, DEVICE_ONLY, CODEC), "edge-only": (EDGE, DEVICE_ONLY), "device-only": (DEVICE_ONLY,)}
 
 
-def open_session(model: Path | bytes, threads: int) -> ort.InferenceSession:
-    """An ONNX Runtime CPU session with `threads` intra-op threads, run node after node, silent below errors.
+def session_options(threads: int) -> ort.SessionOptions:
+    """How sessions run on device and edge: `threads` intra-op threads, node after node, silent below errors.
 
     Idle threads do not spin: device and edge often share a machine, where spinning takes the other's core.
     """
@@ -40,7 +40,12 @@ def open_session(model: Path | bytes, threads: int) -> ort.InferenceSession:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+    return options
+
+
+def open_session(model: Path | bytes, threads: int) -> ort.InferenceSession:
+    """An ONNX Runtime CPU session with the options of `session_options`."""
+    return ort.InferenceSession(model if isinstance(model, bytes) else str(model), session_options(threads), providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from models.backbones import build_backbone
 from models.cutting import CutPoint
-from pipeline.costs.device_profile import DeviceProfile, backbone_key
+from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.energy import PowerModel, board
 from pipeline.costs.link import Link
 from pipeline.data import load_card, load_split
@@ -37,7 +37,7 @@ def build_evaluator(params: Params, device: str) -> Evaluator:
     backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
     profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
     link, power = Link(target.link.rate_mbps, target.link.rtt_ms), power_of(target.power)
-    deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, link, power)
+    deployment = Deployment(*profiles, link, power)
     problem = Problem(backbone, cuts, params.search, params.codec, profiles[0].channel_block)
     return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed)
 

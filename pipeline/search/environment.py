@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
@@ -14,26 +14,13 @@ from numpy.typing import NDArray
 
 from pipeline.errors import CoinferError
 from pipeline.search.candidate import OUTPUT, Candidate
+from pipeline.search.layer import Layer
 from pipeline.search.space import Space
 
 RAW_BITS = 32  # of an uncoded element
 MOST_BITS = 8
 
 Observation = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One prunable group of the device half, as the agent sees it."""
-
-    name: str
-    kind: Literal["conv", "fc"]
-    in_channels: int
-    out_channels: int
-    stride: int
-    kernel: int
-    weights: int
-    macs: int
 
 
 class Costing(Protocol):

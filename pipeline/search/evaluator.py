@@ -11,7 +11,6 @@ from models.baseline_codecs import RawByteCodec
 from models.channel_plan import rebuild
 from models.codec import SymbolCodec
 from models.coinference import CoInference
-from models.cutting import count_macs
 from pipeline.data import EVALUATION_BATCH, Sent, Split, normalise
 from pipeline.inference import accuracy, outputs
 from pipeline.networks import split_network, tables_of
@@ -51,19 +50,17 @@ class Evaluator:
 
     def _measure_edge_only(self, candidate: Candidate, sent: Sent) -> Measurement:
         images, labels = self.validation
-        costs = self.costing.half_costs(candidate, {}, quality=sent.quality)
         received, files = sent.and_files(images)
         sizes = [len(file) for file in files]
         right, bundle_bytes = accuracy(self.problem.backbone, (received, labels)), 2 * weight_bytes(self.problem.backbone)  # the edge's, and the device's own
-        return self.costing.measurement(costs, right, sizes, 0, 4 * images[0].numel(), bundle_bytes)
+        return self.costing.measurement(candidate, right, sizes, 0, 4 * images[0].numel(), bundle_bytes)
 
     def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
         network = rebuild(self.problem.head(candidate.cut), self.problem.plan(candidate.cut, dict(candidate.keep)))
         if candidate.keep:
             self.training.run(network, None, trial_seed, pruned=True)
-        costs = self.costing.half_costs(candidate, self.costing.block_macs(network, candidate.cut))
         memory = memory_bytes(network, self.problem.example)
-        return self.costing.measurement(costs, accuracy(network, self.validation), [], parameters(network), memory, weight_bytes(network))
+        return self.costing.measurement(candidate, accuracy(network, self.validation), [], parameters(network), memory, weight_bytes(network))
 
     def _measure_split(self, candidate: Candidate, trial_seed: int) -> Measurement:
         assert candidate.bits is not None
@@ -79,18 +76,10 @@ class Evaluator:
             right, payloads = self._through_coder(network, candidate)
         else:
             right, payloads = accuracy(network, self.validation), [-(-codec.uncoded_bits // 8)]
-        feature, code = torch.zeros(1, *codec.feature_shape), torch.zeros(1, *codec.code_shape)
-        costs = self.costing.half_costs(
-            candidate,
-            self.costing.block_macs(network.head, candidate.cut),
-            encoder_macs=sum(count_macs(codec.encode, feature).values()),
-            decoder_macs=sum(count_macs(codec.decode, code).values()),
-            symbols=code.numel() if coded else 0,
-        )
         on_device = network.device_half() if coded else nn.Sequential(network.head, codec.encode).eval()
         on_edge = nn.Sequential(codec.decode, network.tail)
         bundle_bytes = weight_bytes(on_device, candidate.precision) + weight_bytes(on_edge) + weight_bytes(self.problem.backbone)
-        return self.costing.measurement(costs, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example), bundle_bytes)
+        return self.costing.measurement(candidate, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example), bundle_bytes)
 
     def _through_coder(self, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
         """Accuracy on validation by what the edge makes of integer symbols, and the coded bytes of some of its images."""

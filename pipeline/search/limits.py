@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.costs.latency import link_ms, reply_frame_bytes
-from pipeline.costs.link import Link
+from pipeline.costs.link import Link, link_ms, reply_frame_bytes
 from pipeline.params import Params
 from pipeline.search.candidate import Measurement
 

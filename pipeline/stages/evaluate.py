@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.costs.latency import link_ms, reply_frame_bytes
-from pipeline.costs.link import Link, wire_bytes
+from pipeline.costs.link import Link, link_ms, reply_frame_bytes, wire_bytes
 from pipeline.data import load_split
 from pipeline.errors import Interrupted
 from pipeline.files import atomic_directory, atomic_write_json, read_json

@@ -18,7 +18,6 @@ from models.codec import CodecSpec, RateCodec
 from models.coinference import CoInference, build_split
 from models.cutting import CutPoint, split
 from models.jscc import ChannelCodec
-from pipeline.costs.device_profile import DeviceProfile
 from pipeline.course import Course
 from pipeline.data import Sent, Split, load_card, load_split
 from pipeline.files import atomic_write_bytes, atomic_write_json, read_json
@@ -122,7 +121,7 @@ def _student(course: Course, candidate: Candidate, promised_bits: float, paths: 
     if candidate.keep:
         rows = read_json(paths.cuts, "the list of cut points")
         cuts = [CutPoint.from_dict({field.name: row[field.name] for field in fields(CutPoint)}) for row in rows]
-        channel_block = DeviceProfile.load(paths.device_profile).channel_block
+        channel_block = int(read_json(paths.device_profile, "the device's profile")["channel_block"])
         chooser = pruner(head, example, cuts, candidate.cut, channel_block)
         soft = SoftPruning(head, chooser, dict(candidate.keep), settings.prune_rounds, settings.importance)
         if settings.prune_epochs:

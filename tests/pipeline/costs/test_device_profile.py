@@ -1,75 +1,84 @@
-"""A profile on disk: what is refused, what survives, and what fits which backbone."""
+"""A profile on disk: what is refused, what survives, and what it says about images and backbones it was not measured with."""
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.costs.device_profile import DeviceProfile, backbone_key, interpolate_ms
+from pipeline.costs.device_profile import DeviceProfile, WholeNetwork, backbone_key
 from pipeline.errors import ProfileError
-from tests.pipeline.costs.profiles import KEY, point, toy_profile
+from tests.pipeline.costs.profiles import KEY, exactly, toy_profile, whole
 
 
-@dataclass(frozen=True)
-class Cut:
-    name: str
-    macs: int
-
-
-CUTS = [Cut("input", 0), Cut("stem", 1000), Cut("body", 3000), Cut("output", 3160)]
-
-
-def test_a_saved_profile_comes_back_the_same_and_writes_the_same_bytes(tmp_path: Path) -> None:
-    toy_profile().save(tmp_path / "toy.json")
+def test_a_saved_profile_predicts_the_same_and_writes_the_same_bytes(tmp_path: Path) -> None:
+    profile = toy_profile()
+    profile.save(tmp_path / "toy.json")
     again = DeviceProfile.load(tmp_path / "toy.json")
-    assert again == toy_profile()
+    assert replace(again, kernels={}, runs=()) == replace(profile, kernels={}, runs=())
+    assert again.kernels.keys() == profile.kernels.keys()
+    assert [run.calls for run in again.runs] == [run.calls for run in profile.runs]
+    assert again.half_ms(whole()) == pytest.approx(profile.half_ms(whole()), rel=1e-3)
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "toy.json").read_bytes()
 
 
-def test_between_measured_points_times_are_interpolated_and_beyond_them_held() -> None:
-    points = [point(100, 1), point(300, 2)]
-    assert [interpolate_ms(points, macs) for macs in (0, 100, 200, 300, 900)] == [1, 1, 1.5, 2, 2]
-
-
-def test_a_dropped_block_takes_no_time() -> None:
-    backbone = toy_profile().backbone(KEY)
-    macs = {"stem": 1000.0, "body": 2000.0}
-    whole, narrow, dropped = (backbone.half_ms(macs | {"body": body}) for body in (2000.0, 1.0, 0.0))
-    assert dropped < narrow < whole
-    assert dropped == backbone.half_ms({"stem": 1000.0})
-
-
-def test_the_profile_reports_what_cutting_costs_the_runtime() -> None:
-    assert toy_profile().to_dict()["backbones"][KEY]["sum_over_full"] == pytest.approx(4 / 3, abs=1e-4)
+def test_a_profile_is_no_larger_than_its_kernels_need(tmp_path: Path) -> None:
+    toy_profile().save(tmp_path / "toy.json")
+    text = (tmp_path / "toy.json").read_text()
+    assert len(text) < 250 * len(toy_profile().kernels) + 100 * len(toy_profile().runs) + 4000
+    assert max(map(len, text.splitlines())) < 1000, "a row a line"
 
 
 def test_slowdown_multiplies_every_time_and_says_so() -> None:
-    slow = toy_profile().slowed(2).slowed(3)
+    plain, slow = toy_profile(), toy_profile().slowed(2).slowed(3)
     assert slow.slowdown == 6
-    assert slow.backbones[KEY].full == point(3160, 21)
-    assert slow.backbones[KEY].webp_encode_ms(100) == pytest.approx(24)
-    assert slow.coder.encode_ms(100) == pytest.approx(6 * toy_profile().coder.encode_ms(100))
+    assert slow.half_ms(whole()) == pytest.approx(6 * plain.half_ms(whole()))
+    assert slow.image(16).encode_ms("webp", 100) == pytest.approx(24)
+    assert slow.image(16).decode_ms("webp", 100) == pytest.approx(12)
+    assert slow.image(16).preprocess.median_ms == pytest.approx(1.5)
+    assert slow.coder_times.encode_ms(100) == pytest.approx(6 * plain.coder_times.encode_ms(100))
+    measured, slower = plain.network(KEY), slow.network(KEY)
+    assert measured is not None
+    assert slower is not None
+    assert slower.median_ms == pytest.approx(6 * measured.median_ms)
+    assert slow.to_dict()["kernels"] == plain.to_dict()["kernels"], "a file holds what was measured"
+
+
+def test_a_saved_slower_device_is_as_slow_when_loaded(tmp_path: Path) -> None:
+    toy_profile().slowed(5).save(tmp_path / "slow.json")
+    assert DeviceProfile.load(tmp_path / "slow.json").image(16).preprocess.median_ms == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda p: p.update(schema_version=2), "schema version 2, this program reads 1; measure it again"),
+        (lambda p: p.update(schema_version=1), "schema version 1, this program reads 2; measure it again"),
+        (lambda p: p.pop("schema_version"), "schema version None"),
         (lambda p: p.pop("threads"), "lacks threads"),
-        (lambda p: p["backbones"][KEY].pop("full"), "lacks full"),
-        (lambda p: p["backbones"][KEY]["blocks"][0]["points"][0].__setitem__(1, math.nan), "block stem is nan"),
-        (lambda p: p["backbones"][KEY]["blocks"][1]["points"][0].__setitem__(1, -0.1), "block body is -0.1"),
-        (lambda p: p["backbones"][KEY]["blocks"][0].update(points=[]), "block stem is not a list"),
-        (lambda p: p["backbones"][KEY]["blocks"][0]["points"].reverse(), "block stem is not in order"),
-        (lambda p: p["backbones"][KEY].update(full=[3160, 0.5, 0.5, 0.5]), "full takes no longer"),
-        (lambda p: p["backbones"][KEY].update(webp_encode={}), "webp_encode has no quality"),
+        (lambda p: p.pop("kernels"), "lacks kernels"),
+        (lambda p: p["kernels"].pop("rows"), "lacks rows"),
+        (lambda p: p["images"]["16"].pop("preprocess"), "lacks preprocess"),
+        (lambda p: p["networks"][KEY].pop("macs"), "lacks macs"),
+        (lambda p: p["kernels"]["rows"][0].__setitem__(-3, math.nan), r"kernel 0 \(.*\) is nan"),
+        (lambda p: p["kernels"]["rows"][1].__setitem__(-1, math.inf), r"kernel 1 \(.*\) is inf"),
+        (lambda p: p["kernels"]["rows"][2].__setitem__(-3, -0.1), r"kernel 2 \(.*\) is -0.1"),
+        (lambda p: p["kernels"]["rows"][2].__setitem__(slice(-3, None), [0, 0, 0]), r"kernel 2 \(.*\) takes no time"),
+        (lambda p: p["kernels"]["rows"][3].pop(), "kernel 3 has"),
+        (lambda p: p["kernels"]["columns"].reverse(), "kernels has the columns high_ms"),
+        (lambda p: p["runs"]["rows"][0].__setitem__(1, "fast"), "run 0 is 'fast'"),
+        (lambda p: p["runs"]["rows"][0].__setitem__(1, 1e9), "run 0 is .* not a median and the quartiles around it"),
+        (lambda p: p["runs"]["rows"][0].__setitem__(0, [10**6]), "run 0 calls kernels"),
+        (lambda p: p["images"]["16"]["encode"]["webp"].update({"30": [1, 1]}), r"images 16 encode webp 30 is not \[median, low, high\]"),
+        (lambda p: p["images"]["16"]["decode"].update(webp={}), "images 16 decode webp has no quality"),
+        (lambda p: p["networks"][KEY].update(fp32=[1, 1, -1]), "network .* fp32 is -1"),
         (lambda p: p["coder"].update(encode_fixed_ms="fast"), "coder.encode_fixed_ms is 'fast'"),
-        (lambda p: p.update(backbones=[]), "is wrong"),
+        (lambda p: p["coder"].update(decode_fixed_ms=True), "coder.decode_fixed_ms is True"),
+        (lambda p: p.update(images=[]), "is wrong"),
+        (lambda p: p.update(slowdown=-1), "slowdown is -1"),
     ],
 )
 def test_a_broken_profile_is_refused_with_the_place_named(tmp_path: Path, break_it: Callable[[Any], Any], message: str) -> None:
@@ -80,39 +89,65 @@ def test_a_broken_profile_is_refused_with_the_place_named(tmp_path: Path, break_
     with pytest.raises(ProfileError, match=message) as caught:
         DeviceProfile.load(path)
     assert "toy.json" in str(caught.value)
+    assert "profile --into" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "\x00"])
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "toy.json").write_text(text)
-    with pytest.raises(ProfileError, match=r"toy.json .*measure"):
+    with pytest.raises(ProfileError, match=r"toy.json .*profile --into"):
         DeviceProfile.load(tmp_path / "toy.json")
 
 
-def test_the_cuts_of_the_measured_backbone_fit_also_with_other_classes() -> None:
-    toy_profile().check_cuts(KEY, CUTS)  # type: ignore[arg-type]
-    toy_profile().check_cuts(KEY, [*CUTS[:-1], Cut("output", 3200)])  # type: ignore[arg-type]
+def test_images_of_a_size_not_measured_take_times_in_proportion_to_their_pixels() -> None:
+    profile = toy_profile()
+    assert profile.image(32).preprocess.median_ms == pytest.approx(1)
+    assert profile.image(64).preprocess.median_ms == pytest.approx(4)
+    assert profile.image(8).encode_ms("png", 100) == pytest.approx(0.5)
+    assert profile.image(24).encode_ms("webp", 100) == pytest.approx(4 * (24 / 16) ** 2)
+    with pytest.raises(ProfileError, match="profile toy has no image sizes"):
+        replace(profile, images={}).image(16)
 
 
-@pytest.mark.parametrize(
-    ("cuts", "message"),
-    [
-        ([*CUTS[:2], Cut("other", 3000), CUTS[3]], "other search.cuts: they differ in body, other; set"),
-        (CUTS[:-1], "they differ in output"),
-        ([CUTS[0], Cut("body", 1000), Cut("stem", 3000), CUTS[3]], "they differ in their order"),
-        ([CUTS[0], Cut("stem", 2000), Cut("body", 4000), Cut("output", 4160)], "block stem had 1000 MACs there and has 2000 here"),
-    ],
-)
-def test_another_backbone_under_the_same_name_is_refused(cuts: list[Cut], message: str) -> None:
-    with pytest.raises(ProfileError, match=message):
-        toy_profile().check_cuts(KEY, cuts)  # type: ignore[arg-type]
+def test_lossy_qualities_lie_between_those_measured_and_lossless_webp_is_another_coder() -> None:
+    image = toy_profile().image(16)
+    assert [image.encode_ms("webp", quality) for quality in (10, 30, 60, 90, 95, 100)] == pytest.approx([1, 1, 1.3, 1.6, 1.6, 4])
+    assert image.encode_ms("jpeg", 75) == pytest.approx(0.3)
 
 
-def test_a_profile_grows_by_backbones_of_the_same_machine_only() -> None:
-    mine, other = toy_profile(), replace(toy_profile(), name="new", backbones={backbone_key("toy", 32): toy_profile().backbones[KEY]})
-    assert set(mine.merged(other).backbones) == {KEY, "toy@3x32x32"}
-    assert mine.merged(other).name == "toy"
-    assert set(mine.merged(other).only(KEY).backbones) == {KEY}
+def test_a_backbone_that_was_not_measured_is_predicted_with_a_remark() -> None:
+    profile = toy_profile()
+    assert profile.remark(KEY, 1_000_000) is None
+    assert profile.remark(KEY, 1_030_000) is None, "a classifier with other classes"
+    remark = profile.remark(backbone_key("resnet20", 32), 40_000_000)
+    assert remark is not None
+    assert f"was measured with only {KEY}, not with resnet20@3x32x32, so its predictions are less sure" in remark
+    assert "profile --into" in remark
+    other = profile.remark(KEY, 2_000_000)
+    assert other is not None
+    assert "of 1000000 MACs where this one has 2000000" in other
+    assert "measured with no backbone" in (replace(profile, networks={}).remark(KEY, 1) or "")
+
+
+def test_a_profile_grows_by_backbones_and_sizes_of_the_same_machine_only() -> None:
+    mine, key = toy_profile(), backbone_key("toy", 32)
+    fewer = dict(list(mine.kernels.items())[:5])
+    other = replace(mine, name="new", networks={key: WholeNetwork(5, {"fp32": exactly(1)})}, images={64: mine.image(64)}, kernels=fewer, runs=mine.runs[:2])
+    both = mine.merged(other)
+    assert set(both.networks) == {KEY, key}
+    assert set(both.images) == {16, 32, 64}
+    assert both.kernels == mine.kernels
+    assert set(both.runs) == set(mine.runs)
+    assert both.name == "toy"
     with pytest.raises(ProfileError, match="threads 1 but this measurement 2; measure into another file"):
         mine.merged(replace(other, threads=2))
+
+
+def test_what_is_kept_for_one_size_is_all_that_this_size_needs() -> None:
+    profile = replace(toy_profile(), networks={**toy_profile().networks, backbone_key("toy", 132): WholeNetwork(5, {})})
+    assert (set(profile.only(16).images), set(profile.only(16).networks)) == ({16}, {KEY})
+    assert (set(profile.only(24).images), set(profile.only(24).networks)) == ({24}, set())
+    assert profile.slowed(3).only(24).image(24) == profile.only(24).slowed(3).image(24)
+    assert profile.only(16).kernels == profile.kernels

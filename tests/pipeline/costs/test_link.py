@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.costs.link import Link, Serialiser, wire_bytes
+from pipeline.costs.link import Link, Serialiser, link_ms, mean_wire_bytes, wire_bytes
 from pipeline.errors import ParamsError
 
 
@@ -14,6 +14,15 @@ def test_every_tcp_segment_costs_one_header() -> None:
     assert wire_bytes(100) == 152
     assert wire_bytes(1448) == 1500
     assert wire_bytes(1449) == 1449 + 2 * 52
+
+
+def test_a_mean_size_keeps_its_fraction_on_the_wire() -> None:
+    assert mean_wire_bytes(100.25) == pytest.approx(152.25)
+    assert mean_wire_bytes(1448) == 1500
+
+
+def test_a_request_pays_both_ways_and_one_round_trip() -> None:
+    assert link_ms(148, 48, Link(rate_mbps=0.1, rtt_ms=10)) == pytest.approx(8 * 200 / 100 + 10 + 8 * 100 / 100)
 
 
 def test_a_lone_frame_waits_for_nothing_but_its_own_bits() -> None:

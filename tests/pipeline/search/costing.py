@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from pipeline.search.candidate import INPUT, Candidate, Measurement
-from pipeline.search.environment import Layer
+from pipeline.search.layer import Layer
 from pipeline.search.space import Space
 
 GROUPS = {"early": ["a", "b"], "late": ["a", "b", "c", "d"], "output": ["a", "b", "c", "d", "e"]}

@@ -44,7 +44,7 @@ def make(trained, digits_params):
     def build(codec=None, **settings):
         search = digits_params.search.model_copy(update={"codec_steps": 12, "train_images": 128, "batch_size": 32} | settings)
         problem = Problem(trained, cuts, search, codec or Codec(), channel_block=1)
-        return Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(cuts), seed=0)
+        return Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(), seed=0)
 
     return build
 
@@ -151,7 +151,7 @@ def test_vectors_are_cut_where_there_is_nothing_else(digits_params):
     def build(**changed):
         changed = settings.model_copy(update=changed)
         problem = Problem(network, cuts, changed, Codec(kind="rate"), channel_block=1)
-        return Evaluator(problem, pictures(64, 0), pictures(20, 1), deployment(cuts), seed=0)
+        return Evaluator(problem, pictures(64, 0), pictures(20, 1), deployment(), seed=0)
 
     with pytest.raises(ParamsError, match=r"search\.strides\.1 is 2, which does not suit vectors, which all cuts give; choose a smaller one"):
         build().problem.space()

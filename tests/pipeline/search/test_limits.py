@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.costs.latency import link_ms, reply_frame_bytes
-from pipeline.costs.link import Link
+from pipeline.costs.link import Link, link_ms, reply_frame_bytes
 from pipeline.errors import CoinferError, ParamsError
 from pipeline.params import parse_params
 from pipeline.search.candidate import Candidate, Measurement

@@ -13,7 +13,6 @@ from models.codec import RateCodec
 from models.coinference import CoInference
 from models.cutting import cut_points, split
 from models.pruning import Importance
-from pipeline.costs.device_profile import CoderTimes, DeviceProfile
 from pipeline.data import Sent, load_split, normalise
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.files import atomic_write_json
@@ -26,6 +25,7 @@ from pipeline.runtime.images import Format
 from pipeline.search.candidate import Candidate
 from pipeline.stages import finetune, prepare, pretrain
 from pipeline.training import Classifier
+from tests.pipeline.costs.profiles import toy_profile
 from tests.tiny import tiny_backbone
 
 PATHS = DevicePaths("camera")
@@ -40,10 +40,7 @@ def pretrained(workdir: Path, digits_params: Params, tracker: Any) -> Params:
     network.load_state_dict(load_file(BACKBONE_WEIGHTS))
     cuts = cut_points(network.eval(), torch.zeros(1, 3, 16, 16))
     atomic_write_json(PATHS.cuts, [{**cut.to_dict(), "elements": cut.elements} for cut in cuts])
-    coder = CoderTimes("c", 0.01, 0.001, 0.01, 0.001)
-    DeviceProfile(name="toy", runtime="none", threads=1, machine={"cpu": "toy", "os": "none", "arch": "none"}, coder=coder, backbones={}).save(
-        PATHS.device_profile
-    )
+    toy_profile().save(PATHS.device_profile)
     tracker.metrics.clear()
     return digits_params
 

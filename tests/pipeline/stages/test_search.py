@@ -19,8 +19,9 @@ from pipeline.search.evaluator import Evaluator
 from pipeline.stages.search import run
 from tests import tiny
 from tests.conftest import ROOT
+from tests.pipeline.costs.profiles import toy_profile
 from tests.pipeline.search.fake_measures import measurement
-from tests.pipeline.search.toy import pictures, profile
+from tests.pipeline.search.toy import DEVICE_MS_PER_MMAC, EDGE_MS_PER_MMAC, pictures
 
 PATHS = DevicePaths("camera")
 
@@ -37,8 +38,8 @@ def prepared(workdir, tiny_backbone):
     save_file(tiny_backbone.state_dict(), BACKBONE_WEIGHTS)
     cuts = cut_points(tiny_backbone, torch.zeros(1, 3, 16, 16))
     PATHS.cuts.write_text(json.dumps([{**cut.to_dict(), "elements": cut.elements, "feature_bytes": 4 * cut.elements} for cut in cuts]))
-    profile(cuts, 20).save(PATHS.device_profile)
-    profile(cuts, 1).save(PATHS.edge_profile)
+    toy_profile(DEVICE_MS_PER_MMAC).save(PATHS.device_profile)
+    toy_profile(EDGE_MS_PER_MMAC).save(PATHS.edge_profile)
     return workdir
 
 

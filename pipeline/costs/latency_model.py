@@ -1,0 +1,207 @@
+"""How long ONNX Runtime takes for a list of kernels on a measured device (METHODS 4; stacked as in ANNETTE, arXiv 2105.03176)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+from sklearn.ensemble import GradientBoostingRegressor
+
+from pipeline.costs.kernel_call import KernelCall
+from pipeline.errors import ProfileError
+
+Array = NDArray[np.float64]
+
+_LEAST = 24  # kernels of a kind from which trees learn anything
+_LEAST_MS = 1e-4
+_PRIOR = 0.02  # how strongly, in relative error, the correction of runs is drawn to none
+_ROUNDS = 20
+_HUBER = 0.05  # relative error beyond which a run counts as an outlier
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """The median of one kernel, by ONNX Runtime's own profile."""
+
+    call: KernelCall
+    ms: float
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """A whole `session.run` of these kernels without profiling: median and quartiles."""
+
+    calls: tuple[KernelCall, ...]
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+
+class LatencyModel:
+    """Predicted time of a run, fitted to `kernels` and `runs` measured on one device (deterministic).
+
+    A kernel that was measured takes its median. Any other takes the roofline of its kind (a call, its multiply-accumulates, its bytes, each at the rate
+    that fits best) times what boosted trees have learnt of the kind's deviation from that. Profiled kernels are slower than those of a run without
+    profiling, by a time each and by a factor that are fitted to `runs`.
+
+    Raises:
+        ProfileError: no kernel was measured.
+    """
+
+    def __init__(self, kernels: Sequence[KernelTime], runs: Sequence[RunTime]) -> None:
+        if not kernels:
+            raise ProfileError("the profile holds no kernel times; measure the device again.")
+        samples = defaultdict[KernelCall, list[float]](list)
+        for kernel in kernels:
+            samples[kernel.call].append(max(kernel.ms, _LEAST_MS))
+        self._known = {call: median(times) for call, times in samples.items()}
+        self._any = _Kind(self._known)
+        self._kinds: dict[str, _Kind] = {}
+        for name in (_operator, _kind):
+            groups = defaultdict[str, dict[KernelCall, float]](dict)
+            for call, ms in self._known.items():
+                groups[name(call)][call] = ms
+            self._kinds |= {kind: _Kind(times) for kind, times in groups.items() if len(times) >= _LEAST or kind not in self._kinds}
+        self._correction = self._correct(runs)
+
+    def run_ms(self, calls: Sequence[KernelCall]) -> float:
+        """Predicted median of one `session.run` that calls these kernels."""
+        terms = self._terms(calls)
+        # a correction fitted to other runs may go below what any run takes
+        return float(max(terms @ self._correction, 0.2 * terms[2:].sum()))
+
+    def kernel_ms(self, calls: Sequence[KernelCall]) -> list[float]:
+        """What each call takes by the profile of ONNX Runtime, measured or predicted."""
+        unknown = defaultdict[str, list[KernelCall]](list)
+        for call in dict.fromkeys(calls):
+            if call not in self._known:
+                unknown[next((kind for kind in (_kind(call), _operator(call)) if kind in self._kinds), "")].append(call)
+        for kind, asked in unknown.items():
+            self._known |= zip(asked, self._kinds.get(kind, self._any).predict(asked), strict=True)
+        return [self._known[call] for call in calls]
+
+    def _terms(self, calls: Sequence[KernelCall]) -> Array:
+        """One, the number of calls, and the sum of the float and of the integer kernels."""
+        sums = [0.0, 0.0]
+        for call, ms in zip(calls, self.kernel_ms(calls), strict=True):
+            sums[_integer(call)] += ms
+        return np.array([1.0, len(calls), *sums])
+
+    def _correct(self, runs: Sequence[RunTime]) -> Array:
+        """Weights of `_terms`: relative least squares, drawn to the plain sum, runs that do not fit counting less."""
+        weights = np.array([0.0, 0.0, 1.0, 1.0])
+        if not runs:
+            return weights
+        measured = np.array([run.median_ms for run in runs])
+        terms = np.array([self._terms(run.calls) for run in runs]) / measured[:, None]
+        scale = np.sqrt((terms**2).mean(0)) + 1e-12
+        prior = np.diag(_PRIOR * scale * math.sqrt(len(runs)))
+        for _ in range(_ROUNDS):
+            error = np.abs(terms @ weights - 1)
+            trust = np.sqrt(np.minimum(1, _HUBER / np.maximum(error, 1e-12)))
+            given, wanted = np.vstack([terms * trust[:, None], prior]), np.concatenate([trust, prior @ np.array([0.0, 0.0, 1.0, 1.0])])
+            weights = np.linalg.lstsq(given, wanted, rcond=None)[0]
+        return weights
+
+
+class _Kind:
+    """Calls of one kind: a roofline, and trees on what it leaves."""
+
+    def __init__(self, times: dict[KernelCall, float]) -> None:
+        work, ms = np.array([_work(call) for call in times]), np.array(list(times.values()))
+        self._rates = nnls(work / ms[:, None], np.ones(len(ms)))[0]
+        self._trees: Any = None
+        if len(ms) >= _LEAST:
+            self._trees = GradientBoostingRegressor(
+                n_estimators=200, learning_rate=0.06, max_depth=4, min_samples_leaf=3, subsample=0.7, max_features=0.5, random_state=0, loss="huber"
+            )
+            self._trees.fit(np.array([_features(call) for call in times]), np.log(ms / self._roofline(work)))
+
+    def _roofline(self, work: Array) -> Array:
+        return np.maximum(work @ self._rates, _LEAST_MS)
+
+    def predict(self, calls: Sequence[KernelCall]) -> list[float]:
+        ms = self._roofline(np.array([_work(call) for call in calls]))
+        if self._trees is not None:
+            ms = ms * np.exp(self._trees.predict(np.array([_features(call) for call in calls])))
+        return [float(value) for value in ms]
+
+
+def _integer(call: KernelCall) -> bool:
+    return call.op.startswith("Q") or call.dtype != "float"
+
+
+def _operator(call: KernelCall) -> str:
+    return f"{call.op}:{call.dtype}"
+
+
+def _kind(call: KernelCall) -> str:
+    """Which of an operator's ways of working: depthwise, pointwise, few input channels, strided."""
+    if len(call.weights) != 4:
+        return f"{_operator(call)}:{len(call.inputs)}"
+    if call.groups > 1 and call.weights[1] == 1:
+        return f"{_operator(call)}:depthwise"
+    if call.kernel == (1, 1):
+        return f"{_operator(call)}:pointwise"
+    return f"{_operator(call)}:{'image' if call.weights[1] < 8 else 'full'}"
+
+
+def _macs(call: KernelCall) -> float:
+    if call.op == "ConvTranspose":
+        return math.prod(call.inputs[0]) * math.prod(call.weights[1:])
+    if len(call.weights) == 4:
+        return math.prod(call.output) * math.prod(call.weights[1:])
+    return float(math.prod(call.output) * call.weights[-1]) if len(call.weights) == 2 else 0.0
+
+
+def _bytes(call: KernelCall) -> tuple[float, float, float]:
+    """Read, written and of weights."""
+    each = 4 if call.dtype == "float" else 8 if call.dtype == "int64" else 1
+    width = 1 if call.op.startswith("Q") else 4
+    return float(each * sum(math.prod(shape) for shape in call.inputs)), float(width * math.prod(call.output)), float(width * math.prod(call.weights or (0,)))
+
+
+def _work(call: KernelCall) -> list[float]:
+    read, written, weights = _bytes(call)
+    return [1.0, _macs(call) / 1e6, (read + written) / 1e6, weights / 1e6]
+
+
+_ACTIVATIONS = ("", "Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh")
+
+
+def _features(call: KernelCall) -> list[float]:
+    read, written, weights = _bytes(call)
+    last = call.op.startswith("Q") or call.op.startswith("Nhwc")
+    inside, outside = (_sides(shape, last) for shape in (call.inputs[0], call.output))
+    kernel, stride = (call.kernel or (1,))[0], (call.strides or (1,))[0]
+    return [
+        *(math.log1p(value) for value in (_macs(call), read, written, weights)),
+        *inside,
+        *outside,
+        inside[0] % 16,
+        outside[0] % 16,
+        outside[0] % 64,
+        outside[2] % 6,
+        outside[1] * outside[2],
+        kernel,
+        stride,
+        math.log(call.groups),
+        len(call.inputs),
+        float(len(call.inputs) > 1 and call.inputs[0] != call.inputs[1]),
+        _ACTIVATIONS.index(call.activation) if call.activation in _ACTIVATIONS else -1,
+        _macs(call) / max(read + written + weights, 1),
+    ]
+
+
+def _sides(shape: tuple[int, ...], last: bool) -> tuple[int, int, int]:
+    """Channels, height and width."""
+    if len(shape) != 4:
+        return (shape[-1] if shape else 1, 1, 1)
+    return (shape[3], shape[1], shape[2]) if last else (shape[1], shape[2], shape[3])
