@@ -110,7 +110,7 @@ def _key(spec: CodecSpec, name: str, tensor: Tensor) -> str:
     if name == "values":
         owner.append(f"{spec.bits} bits")
     elif name == "counts" or (spec.kind == "rate" and tensor.ndim == 1 and name.startswith("encode")):
-        owner.append(f"{spec.bits} bits {spec.rate_weight:g}")
+        owner.append(f"{spec.bits} bits {spec.rate_weight:g}".replace(".", ","))  # torch takes no points in names
     elif tensor.ndim == 1 and name.startswith("decode"):
         owner.append(f"{spec.code_channels} channels")
     return "/".join([*owner, *name.split(".")])

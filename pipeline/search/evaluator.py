@@ -1,4 +1,4 @@
-"""What a candidate is worth: a short real training, a real validation pass through integer symbols and coder, predicted costs."""
+"""What a candidate is worth: a real validation pass through integer symbols and coder, on a supernet's weights or after a short training; predicted costs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from models.codec import SymbolCodec
 from models.coinference import CoInference
 from models.cutting import count_macs
 from pipeline.data import EVALUATION_BATCH, Sent, Split, normalise
-from pipeline.inference import accuracy, outputs
+from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.networks import split_network, tables_of
 from pipeline.runtime import coder
 from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.costing import Costing, Deployment, memory_bytes, parameters
 from pipeline.search.problem import Problem
+from pipeline.search.supernet import Supernet
 from pipeline.search.trial_training import SAMPLE_IMAGES, TrialTraining
 
 
 class Evaluator:
-    """Measures candidates of `problem` on one deployment; every trial starts from the trained backbone and a fresh codec (METHODS 5).
+    """Measures candidates of `problem` on one deployment (METHODS 5).
 
-    `train` and `validation` are (images uint8 (N, 3, S, S), labels int64 (N,)); of `train` a seeded subset of `search.train_images` is used.
+    A trial takes its weights from the `supernet` and recalibrates their batch norms, or, where there is none, trains the backbone with a fresh codec.
+    `train` and `validation` are (images uint8 (N, 3, S, S), labels int64 (N,)); of both seeded subsets are used, of `search.train_images` and
+    `search.validation_images`.
     """
 
-    def __init__(self, problem: Problem, train: Split, validation: Split, deployment: Deployment, seed: int) -> None:
-        self.problem, self.validation = problem, validation
+    def __init__(self, problem: Problem, train: Split, validation: Split, deployment: Deployment, seed: int, supernet: Supernet | None = None) -> None:
+        self.problem, self.supernet, self.validation = problem, supernet, _some(validation, problem.settings.validation_images, seed)
         self.training = TrialTraining(problem, train, seed)
         self.costing = Costing(problem, deployment, self.training.teacher_logits.shape[1])
         self.reference_accuracy = accuracy(problem.backbone, validation)
@@ -41,13 +44,42 @@ class Evaluator:
             ModelError: the candidate prunes a layer to nothing, or its codec does not fit the cut.
             ProfileError: a profile lacks the backbone or a block.
         """
+        return self._measured(candidate, trial_seed, trains=not self.is_estimate(candidate))
+
+    def rescore(self, candidate: Candidate, trial_seed: int) -> Measurement:
+        """`measure`, after a short training also where the supernet has weights to start from."""
+        return self._measured(candidate, trial_seed, trains=True)
+
+    def is_estimate(self, candidate: Candidate) -> bool:
+        """Whether `measure` takes the supernet's word, untrained for this candidate alone."""
+        return self.supernet is not None and self.supernet.covers(candidate)
+
+    def _measured(self, candidate: Candidate, trial_seed: int, *, trains: bool) -> Measurement:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial_seed)
             if candidate.quality is not None:
                 return self._measure_edge_only(candidate, candidate.quality)
-            if candidate.kind == "device-only":
-                return self._measure_device_only(candidate, trial_seed)
-            return self._measure_split(candidate, trial_seed)
+            network = self._network(candidate)
+            if trains and (candidate.kind == "split" or candidate.keep):
+                cut = candidate.cut if candidate.kind == "split" else None
+                self.training.run(network, cut, trial_seed, pruned=bool(candidate.keep))
+            elif isinstance(network, CoInference) and not candidate.keep:
+                recalibrated(network, self.training.sample, [network.codec, network.tail])  # the head's know their weights
+            elif candidate.keep:
+                recalibrated(network, self.training.sample)
+            return self._measure_split(network, candidate) if isinstance(network, CoInference) else self._measure_device_only(network, candidate)
+
+    def _network(self, candidate: Candidate) -> nn.Module:
+        """The network of a split or device-only `candidate`, as a trial starts from it."""
+        if self.supernet is not None and self.supernet.covers(candidate):
+            return self.supernet.network(candidate)
+        problem, plan = self.problem, self.problem.plan(candidate.cut, dict(candidate.keep))
+        if candidate.kind == "device-only":
+            return rebuild(problem.head(candidate.cut), plan).eval()
+        network = split_network(problem.backbone, problem.example, candidate, plan, problem.codec)
+        if isinstance(network.codec, RawByteCodec):
+            network.codec.calibrate(outputs(problem.head(candidate.cut), self.training.sample))
+        return network
 
     def _measure_edge_only(self, candidate: Candidate, quality: int) -> Measurement:
         images, labels = self.validation
@@ -55,21 +87,11 @@ class Evaluator:
         costs = self.costing.half_costs(candidate, {}, quality=quality)
         return self.costing.measurement(costs, accuracy(self.problem.backbone, (received, labels)), [len(file) for file in files], 0, 4 * images[0].numel())
 
-    def _measure_device_only(self, candidate: Candidate, trial_seed: int) -> Measurement:
-        network = rebuild(self.problem.head(candidate.cut), self.problem.plan(candidate.cut, dict(candidate.keep)))
-        if candidate.keep:
-            self.training.run(network, None, trial_seed, pruned=True)
+    def _measure_device_only(self, network: nn.Module, candidate: Candidate) -> Measurement:
         costs = self.costing.half_costs(candidate, self.costing.block_macs(network, candidate.cut))
         return self.costing.measurement(costs, accuracy(network, self.validation), [], parameters(network), memory_bytes(network, self.problem.example))
 
-    def _measure_split(self, candidate: Candidate, trial_seed: int) -> Measurement:
-        assert candidate.bits is not None
-        network = split_network(
-            self.problem.backbone, self.problem.example, candidate, self.problem.plan(candidate.cut, dict(candidate.keep)), self.problem.codec
-        )
-        if isinstance(network.codec, RawByteCodec):
-            network.codec.calibrate(outputs(self.problem.head(candidate.cut), self.training.sample))
-        self.training.run(network, candidate.cut, trial_seed, pruned=bool(candidate.keep))
+    def _measure_split(self, network: CoInference, candidate: Candidate) -> Measurement:
         network.eval()
         codec, coded = network.codec, isinstance(network.codec, SymbolCodec)
         if coded:
@@ -100,3 +122,11 @@ class Evaluator:
             coded.extend(symbols.numpy()[: max(0, SAMPLE_IMAGES - len(coded))])
         tables = tables_of(candidate, outputs(on_device, self.training.sample).numpy())[0]
         return right / len(labels), [len(coder.encode(symbols, tables)) + (len(candidate.points) > 1) for symbols in coded]  # a byte says which point
+
+
+def _some(split: Split, count: int | None, seed: int) -> Split:
+    """`count` of `split`, drawn by `seed`, in their order; all of them where that is None or more than there are."""
+    if count is None or count >= len(split[1]):
+        return split
+    chosen = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(split[1]))[:count]))
+    return split[0][chosen], split[1][chosen]

@@ -5,29 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.backbones import build_backbone
-from models.cutting import CutPoint
 from pipeline.costs.device_profile import DeviceProfile, backbone_key
 from pipeline.costs.link import Link
 from pipeline.data import load_card, load_split
 from pipeline.errors import Interrupted
-from pipeline.files import atomic_write_json, atomic_write_text, read_json
+from pipeline.files import atomic_write_json, atomic_write_text
 from pipeline.fingerprint import fingerprint
 from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths
 from pipeline.search.costing import Deployment
 from pipeline.search.evaluator import Evaluator
 from pipeline.search.figure import pareto_figure
+from pipeline.search.inputs import load_problem
 from pipeline.search.optuna import search
 from pipeline.search.pareto import MEASURED, OBJECTIVES, Limits, Trial, baselines, cheapest, choose, feasible, non_dominated, point, trials_csv
-from pipeline.search.problem import Problem
+from pipeline.search.supernet import Supernet
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
@@ -104,25 +102,24 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
 
 
 def _evaluator(params: Params, device: str) -> Evaluator:
-    paths, target, card = DevicePaths(device), params.device(device), load_card()
-    rows = read_json(paths.cuts, "the list of cut points")
-    cuts = [CutPoint.from_dict({field.name: row[field.name] for field in fields(CutPoint)}) for row in rows]
-    backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
+    paths, target = DevicePaths(device), params.device(device)
+    problem = load_problem(params, device)
     profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
-    deployment = Deployment(backbone_key(params.backbone.name, card.image_size), *profiles, Link(target.link.rate_mbps, target.link.rtt_ms))
-    problem = Problem(backbone, cuts, params.search, params.codec, profiles[0].channel_block)
-    return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed)
+    deployment = Deployment(backbone_key(params.backbone.name, load_card().image_size), *profiles, Link(target.link.rate_mbps, target.link.rtt_ms))
+    supernet = Supernet.load(problem, paths.supernet)
+    return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed, supernet)
 
 
 def _study_key(params: Params, device: str) -> str:
     """Names all that a trial's outcome depends on, so not how many there are nor what is chosen from them: more trials go on with the same study."""
     paths = DevicePaths(device)
-    inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile)
+    supernet = sorted(paths.supernet.glob("*.safetensors"))
+    inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile, *supernet)
     known = {
         "run": params.run.model_dump(),
         "backbone": params.backbone.name,
         "device": [device, params.device(device).memory_mb, params.device(device).link.model_dump()],
-        "search": params.search.model_dump(exclude={"trials"}),
+        "search": params.search.model_dump(exclude={"trials", "rescored"}),
         "codec": params.codec.model_dump(),
         "max_accuracy_drop": params.objective.max_accuracy_drop,
         "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
