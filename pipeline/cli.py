@@ -26,6 +26,7 @@ SECTIONS = {
     "prepare": ("data",),
     "pretrain": ("run", "data", "backbone", "pretrain"),
     "profile": ("run", "data", "backbone", "search"),
+    "supernet": ("run", "data", "backbone", "codec", "search", "supernet"),
     "search": ("run", "data", "backbone", "codec", "search", "objective"),
     "finetune": ("run", "data", "backbone", "pretrain", "codec", "finetune"),
     "export": ("run", "data", "backbone"),
@@ -74,6 +75,12 @@ def pretrain() -> None:
 def profile(device: DeviceOption = None) -> None:
     """List the cut points and write the profiles of device and edge."""
     _stage("profile", per_device=True, device=device)
+
+
+@app.command()
+def supernet(device: DeviceOption = None) -> None:
+    """Train what the search's trials start from."""
+    _stage("supernet", per_device=True, device=device)
 
 
 @app.command()

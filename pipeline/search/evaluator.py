@@ -12,7 +12,9 @@ from models.channel_plan import rebuild
 from models.codec import SymbolCodec
 from models.coinference import CoInference
 from models.cutting import count_macs
+from models.integers import integer_half
 from pipeline.data import EVALUATION_BATCH, Sent, Split, normalise
+from pipeline.errors import ModelError
 from pipeline.inference import accuracy, outputs, recalibrated
 from pipeline.networks import split_network, tables_of
 from pipeline.runtime import coder
@@ -21,6 +23,9 @@ from pipeline.search.costing import Costing, Deployment, memory_bytes, parameter
 from pipeline.search.problem import Problem
 from pipeline.search.supernet import Supernet
 from pipeline.search.trial_training import SAMPLE_IMAGES, TrialTraining
+
+CALIBRATION_IMAGES = 256  # of an int8 device half, as many as its export takes
+LARGEST_INT8_LOSS = 0.05  # of accuracy, by which int8 may differ from fp32 before a candidate is refused
 
 
 class Evaluator:
@@ -41,7 +46,7 @@ class Evaluator:
         """Accuracy, sizes and costs of `candidate`: a pure function of it and `trial_seed`.
 
         Raises:
-            ModelError: the candidate prunes a layer to nothing, or its codec does not fit the cut.
+            ModelError: the candidate prunes a layer to nothing, its codec does not fit the cut, or its device half does not bear int8.
             ProfileError: a profile lacks the backbone or a block.
         """
         return self._measured(candidate, trial_seed, trains=not self.is_estimate(candidate))
@@ -109,9 +114,25 @@ class Evaluator:
         on_device = network.device_half() if coded else nn.Sequential(network.head, codec.encode).eval()
         return self.costing.measurement(costs, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example))
 
+    def _integers(self, network: CoInference) -> nn.Module:
+        """The device half of `network` in int8: images -> symbols."""
+        calibration = torch.split(self.training.sample[:CALIBRATION_IMAGES], EVALUATION_BATCH)
+        rounded = integer_half(nn.Sequential(network.head, network.codec.encode), (normalise(images) for images in calibration))
+        return nn.Sequential(rounded, network.symbol_codec().quantise).eval()
+
     def _through_coder(self, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
         """Accuracy on validation by what the edge makes of integer symbols, and the coded bytes of some of its images."""
-        on_device, on_edge, codec = network.device_half(), network.edge_half(), network.symbol_codec()
+        right, payloads = self._through(network.device_half(), network, candidate)
+        if candidate.precision == "int8":
+            fp32, (right, payloads) = right, self._through(self._integers(network), network, candidate)
+            if right < fp32 - LARGEST_INT8_LOSS:
+                raise ModelError(
+                    f"the device half of {candidate.label()} does not bear int8, which takes its accuracy from {fp32:.3f} to {right:.3f}; leave it in fp32."
+                )
+        return right, payloads
+
+    def _through(self, on_device: nn.Module, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
+        on_edge, codec = network.edge_half(), network.symbol_codec()
         images, labels = self.validation
         right = 0
         coded: list[NDArray[np.uint8]] = []

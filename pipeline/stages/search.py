@@ -24,7 +24,8 @@ from pipeline.search.evaluator import Evaluator
 from pipeline.search.figure import pareto_figure
 from pipeline.search.inputs import load_problem
 from pipeline.search.optuna import search
-from pipeline.search.pareto import MEASURED, OBJECTIVES, Limits, Trial, baselines, cheapest, choose, feasible, non_dominated, point, trials_csv
+from pipeline.search.pareto import MEASURED, OBJECTIVES, Limits, Trial, baselines, cheapest, feasible, non_dominated, point, trials_csv
+from pipeline.search.rescoring import choose_settled, rescored
 from pipeline.search.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -74,11 +75,32 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
                     bar.update(task, best=f"best {best.candidate.label()}: {minimize} {value:.4g}")
                     tracker.log_metrics({f"best_{minimize}": value}, step=trial.number)
                 bar.update(task, advance=int(trial.duplicate_of is None))
+            bar.update(task, description=f"search {device}, training the best")
+            again = rescored(
+                tuple(trials),
+                limits,
+                minimize,
+                settings.rescored,
+                evaluator.rescore,
+                evaluator.is_estimate,
+                seed=params.run.seed,
+                kept=journal.with_name("rescored.json"),
+            )
+            trials.extend(again)
     except KeyboardInterrupt:
         raise Interrupted(f"search {device} was interrupted: {len(trials)} trials are kept in {journal}; `dvc repro` goes on from there.") from None
 
-    chosen, (device_only, edge_only) = choose(trials, limits, minimize), baselines(trials, limits, minimize)
+    chosen = choose_settled(trials, limits, minimize, evaluator.is_estimate)
+    device_only, edge_only = baselines(trials, limits, minimize)
+    if chosen.measurement is not None and not limits.allow(chosen.measurement):
+        print(
+            f"search {device}: none of the rescored candidates keeps accuracy {limits.floor:.4f}; {chosen.candidate.label()} comes nearest with "
+            f"{chosen.measurement.accuracy:.4f} and is chosen, since fine-tuning is still to come.",
+            file=sys.stderr,
+        )
     front = non_dominated(feasible(trials, limits))
+    if chosen not in front:  # an estimate may look better than what was measured again
+        front.append(chosen)
     chosen_point = point(chosen, limits)
     common = {"reference_accuracy": evaluator.reference_accuracy, "floor": limits.floor}
     summary = {"chosen": chosen_point, "device_only": point(device_only, limits), "edge_only": point(edge_only, limits), **common}
