@@ -89,9 +89,10 @@ def _fold_norms(traced: fx.GraphModule) -> None:
         layer = _called(traced, before) if isinstance(before, fx.Node) and len(before.users) == 1 else None
         if before is None or not isinstance(layer, _LAYERS):
             continue
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        assert isinstance(norm, _NORMS)
         parent, _, name = str(before.target).rpartition(".")
-        setattr(traced.get_submodule(parent), name, fuse(layer, norm))  # type: ignore[operator]
+        fused = fuse_linear_bn_eval(layer, norm) if isinstance(layer, nn.Linear) else fuse_conv_bn_eval(layer, norm)
+        setattr(traced.get_submodule(parent), name, fused)
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
     traced.recompile()
@@ -120,7 +121,8 @@ def _insert_grids(traced: fx.GraphModule, nodes: list[fx.Node]) -> list[Grid]:
         traced.add_module(name, grid)
         with traced.graph.inserting_after(node):
             after = traced.graph.call_module(name, (node,))
-        node.replace_all_uses_with(after, delete_user_cb=lambda user, after=after: user is not after)
+        for user in [user for user in node.users if user is not after]:
+            user.replace_input_with(node, after)
         grids.append(grid)
     traced.graph.lint()
     traced.recompile()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from models.baseline_codecs import RawByteCodec
 from models.channel_plan import rebuild
@@ -15,14 +16,14 @@ from models.cutting import count_macs
 from models.integers import integer_half
 from pipeline.data import EVALUATION_BATCH, Sent, Split, normalise
 from pipeline.errors import ModelError
-from pipeline.inference import accuracy, outputs, recalibrated
+from pipeline.inference import accuracy, outputs, recalibrate, recalibrated
 from pipeline.networks import split_network, tables_of
 from pipeline.runtime import coder
 from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.costing import Costing, Deployment, memory_bytes, parameters
 from pipeline.search.problem import Problem
 from pipeline.search.supernet import Supernet
-from pipeline.search.trial_training import SAMPLE_IMAGES, TrialTraining
+from pipeline.search.trial_training import FEATURE_CACHE_BYTES, SAMPLE_IMAGES, TrialTraining
 
 CALIBRATION_IMAGES = 256  # of an int8 device half, as many as its export takes
 LARGEST_INT8_LOSS = 0.05  # of accuracy, by which int8 may differ from fp32 before a candidate is refused
@@ -39,6 +40,7 @@ class Evaluator:
     def __init__(self, problem: Problem, train: Split, validation: Split, deployment: Deployment, seed: int, supernet: Supernet | None = None) -> None:
         self.problem, self.supernet, self.validation = problem, supernet, _some(validation, problem.settings.validation_images, seed)
         self.training = TrialTraining(problem, train, seed)
+        self._features: dict[str, tuple[Tensor, Tensor]] = {}
         self.costing = Costing(problem, deployment, self.training.teacher_logits.shape[1])
         self.reference_accuracy = accuracy(problem.backbone, validation)
 
@@ -69,10 +71,26 @@ class Evaluator:
                 cut = candidate.cut if candidate.kind == "split" else None
                 self.training.run(network, cut, trial_seed, pruned=bool(candidate.keep))
             elif isinstance(network, CoInference) and not candidate.keep:
-                recalibrated(network, self.training.sample, [network.codec, network.tail])  # the head's know their weights
+                self._recalibrate_behind(network, candidate.cut)
             elif candidate.keep:
                 recalibrated(network, self.training.sample)
             return self._measure_split(network, candidate) if isinstance(network, CoInference) else self._measure_device_only(network, candidate)
+
+    @torch.no_grad()
+    def _recalibrate_behind(self, network: CoInference, cut: str) -> None:
+        """Recalibrate codec and tail of a split whose head is the backbone's own."""
+        sample = self._seen(cut)[0]
+        recalibrate([network.codec, network.tail], lambda: [network.tail(network.codec(feature).decoded) for feature in torch.split(sample, EVALUATION_BATCH)])
+
+    def _seen(self, cut: str) -> tuple[Tensor, Tensor]:
+        """What the backbone's own head gives at `cut` for the sample and for the validation images; kept from trial to trial while memory allows."""
+        if cut not in self._features:
+            head, size = self.problem.head(cut), 4 * next(point for point in self.problem.cuts if point.name == cut).elements
+            needed = size * (len(self.training.sample) + len(self.validation[1]))
+            while self._features and needed + sum(sample.nbytes + judged.nbytes for sample, judged in self._features.values()) > FEATURE_CACHE_BYTES:
+                self._features.pop(next(iter(self._features)))
+            self._features[cut] = outputs(head, self.training.sample), outputs(head, self.validation[0])
+        return self._features[cut]
 
     def _network(self, candidate: Candidate) -> nn.Module:
         """The network of a split or device-only `candidate`, as a trial starts from it."""
@@ -114,35 +132,36 @@ class Evaluator:
         on_device = network.device_half() if coded else nn.Sequential(network.head, codec.encode).eval()
         return self.costing.measurement(costs, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example))
 
-    def _integers(self, network: CoInference) -> nn.Module:
-        """The device half of `network` in int8: images -> symbols."""
-        calibration = torch.split(self.training.sample[:CALIBRATION_IMAGES], EVALUATION_BATCH)
-        rounded = integer_half(nn.Sequential(network.head, network.codec.encode), (normalise(images) for images in calibration))
-        return nn.Sequential(rounded, network.symbol_codec().quantise).eval()
-
     def _through_coder(self, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
         """Accuracy on validation by what the edge makes of integer symbols, and the coded bytes of some of its images."""
-        right, payloads = self._through(network.device_half(), network, candidate)
+        encoder, images = nn.Sequential(network.codec.encode, network.symbol_codec().quantise), (self.training.sample, self.validation[0])
+        if self.is_estimate(candidate) and not candidate.keep:
+            sample, judged = (_batched(encoder, torch.split(seen, EVALUATION_BATCH)) for seen in self._seen(candidate.cut))
+        else:
+            sample, judged = (outputs(nn.Sequential(network.head, encoder), seen) for seen in images)
+        right = self._right(network, judged)
         if candidate.precision == "int8":
-            fp32, (right, payloads) = right, self._through(self._integers(network), network, candidate)
+            calibration = torch.split(self.training.sample[:CALIBRATION_IMAGES], EVALUATION_BATCH)
+            rounded = integer_half(nn.Sequential(network.head, network.codec.encode), (normalise(part) for part in calibration))
+            sample, judged = (outputs(nn.Sequential(rounded, encoder[1]), seen) for seen in images)
+            fp32, right = right, self._right(network, judged)
             if right < fp32 - LARGEST_INT8_LOSS:
                 raise ModelError(
                     f"the device half of {candidate.label()} does not bear int8, which takes its accuracy from {fp32:.3f} to {right:.3f}; leave it in fp32."
                 )
-        return right, payloads
+        tables = tables_of(candidate, sample.numpy())[0]
+        several = len(candidate.points) > 1  # a byte says which point
+        return right, [len(coder.encode(symbols, tables)) + several for symbols in judged[:SAMPLE_IMAGES].numpy()]
 
-    def _through(self, on_device: nn.Module, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
-        on_edge, codec = network.edge_half(), network.symbol_codec()
-        images, labels = self.validation
-        right = 0
-        coded: list[NDArray[np.uint8]] = []
-        for part, truth in zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True):
-            with torch.no_grad():
-                symbols = on_device(normalise(part))
-                right += int((on_edge(codec.received(symbols)).argmax(1) == truth).sum())
-            coded.extend(symbols.numpy()[: max(0, SAMPLE_IMAGES - len(coded))])
-        tables = tables_of(candidate, outputs(on_device, self.training.sample).numpy())[0]
-        return right / len(labels), [len(coder.encode(symbols, tables)) + (len(candidate.points) > 1) for symbols in coded]  # a byte says which point
+    def _right(self, network: CoInference, symbols: Tensor) -> float:
+        """The share of the validation images that the edge half classifies rightly by their `symbols`."""
+        logits = _batched(network.edge_half(), torch.split(network.symbol_codec().received(symbols), EVALUATION_BATCH))
+        return int((logits.argmax(1) == self.validation[1]).sum()) / len(symbols)
+
+
+@torch.no_grad()
+def _batched(network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    return torch.cat([network(batch) for batch in batches])
 
 
 def _some(split: Split, count: int | None, seed: int) -> Split:
