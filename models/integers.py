@@ -36,17 +36,22 @@ class Grid(nn.Module):
         if self.training:
             self.low, self.high = torch.minimum(self.low, x.min()), torch.maximum(self.high, x.max())
             return x
-        scale = float((self.high - self.low) / LEVELS)
+        scale = self.scale
         return torch.fake_quantize_per_tensor_affine(x, scale, round(-float(self.low) / scale), 0, LEVELS) if scale else x
+
+    @property
+    def scale(self) -> float:
+        """The distance of two neighbouring values."""
+        return float((self.high - self.low) / LEVELS)
 
 
 @torch.no_grad()
 def integer_half(half: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """`half`, images (B, 3, S, S) -> u before it is rounded to symbols, as ONNX Runtime's static quantisation of its exported twin computes it.
 
-    Weights are rounded per channel, symmetric; what quantised layers, sums, products and concatenations read and give, per tensor, by what the `batches` of
-    images show; batch norms are folded into the layer before them; the last layer stays in floating point (pipeline/quantising.py). What is rounded to one
-    grid there is here too, but sums of products are not exact integers: a value at the middle between two levels may go either way.
+    Weights are rounded per channel, symmetric, and biases to the grid of their sums; what quantised layers, sums, products and concatenations read and
+    give, per tensor, by what the `batches` of images show; batch norms are folded into the layer before them; the last layer stays in floating point
+    (pipeline/quantising.py). Sums of products are not exact integers here: a value at the middle between two levels may go either way.
 
     Raises:
         ModelError: the half cannot be traced.
@@ -59,8 +64,8 @@ def integer_half(half: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     _fold_norms(traced)
     layers = [node for node in traced.graph.nodes if isinstance(_called(traced, node), _LAYERS)]
     grids = _insert_grids(traced, _rounded(traced, layers))
-    for grid in grids:
-        grid.train()
+    for inserted in grids:
+        inserted.train()
     for batch in batches:
         traced(batch)
     for node in layers[:-1]:
@@ -69,6 +74,9 @@ def integer_half(half: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         scale = (layer.weight.abs().flatten(1).amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         zero = torch.zeros(len(scale), dtype=torch.int32)
         layer.weight.copy_(torch.fake_quantize_per_channel_affine(layer.weight, scale, zero, 0, -127, 127))
+        grid = _called(traced, node.all_input_nodes[0])
+        if layer.bias is not None and isinstance(grid, Grid) and grid.scale:
+            layer.bias.copy_(torch.round(layer.bias / (scale * grid.scale)) * scale * grid.scale)
     return traced.eval()
 
 

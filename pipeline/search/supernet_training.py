@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.channel_plan import ChannelPlan
-from models.codec import CodecSpec
 from pipeline.data import Split, normalise
 from pipeline.inference import outputs
 from pipeline.losses import feature_loss, logits_loss
@@ -113,7 +112,7 @@ class BodyLesson(Lesson):
 
 
 class SplitLesson(Lesson):
-    """Codecs and edge half of a cut: the widest codec behind the whole feature, the narrowest behind a device half pruned at random, and a random one.
+    """Codecs and edge half of a cut: the widest, the narrowest and a random one, behind the whole device half or one pruned at random.
 
     `head` is the device half that bears pruning, which stays as it is; None where nothing is pruned.
     """
@@ -137,13 +136,10 @@ class SplitLesson(Lesson):
             channels = self.problem.feature_channels(self.cut, plan)
             with torch.no_grad():
                 pruned = feature_of(pruned_output(self._head[0], plan, images), channels), channels
-        some: tuple[tuple[Sequence[CodecSpec], Any], ...] = (
-            (self.ends[0], whole),
-            (self.ends[1], pruned),
-            (self.members.codec.specs, (whole, pruned)[int(rng.integers(2))]),
-        )
         losses = []
-        for specs, (given, channels) in some:
+        for specs in (*self.ends, self.members.codec.specs):
+            # each behind either head: a width that only ever saw one of them fails behind the other
+            given, channels = (whole, pruned)[int(rng.integers(2))]
             coded = self.members.codec.code(specs[int(rng.integers(len(specs)))], given, channels)
             losses.append(_taught(self.members.tail(coded.decoded), labels, known) + coded.loss + FEATURE_WEIGHT * feature_loss(coded.decoded, feature))
         return torch.stack(losses).mean()
