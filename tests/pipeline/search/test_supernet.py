@@ -29,10 +29,10 @@ from tests.tiny import tiny_backbone
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 CUT = "block1"
-WHOLE = Candidate(CUT, (), code_channels=4, stride=2, bits=3)
+WHOLE = Candidate(CUT, (), code_channels=8, stride=2, bits=3)
 PRUNED = replace(WHOLE, keep=(("block1", 0.5), ("stem.2", 0.5)))
 OUTPUT = Candidate("output", (("block1", 0.5), ("block2", 0.5)))
-SETTINGS = Settings(epochs=12, batch_size=32, learning_rate=0.01, precision="fp32")
+SETTINGS = Settings(epochs=8, batch_size=32, learning_rate=0.01, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,8 @@ def trained():
 
 
 def problem_of(network, params, codec=None, **settings):
-    search = params.search.model_copy(
-        update={"codec_steps": 60, "train_images": 200, "batch_size": 32, "code_channels": [2, 4, 8], "keep": [0.5, 1.0]} | settings
-    )
+    quick = {"codec_steps": 60, "train_images": 200, "batch_size": 32, "code_channels": [2, 8], "bits": [1, 3], "strides": [1, 2], "keep": [0.5, 1.0]}
+    search = params.search.model_copy(update=quick | settings)
     return Problem(network, cut_points(network, EXAMPLE), search, codec or Codec(), channel_block=1)
 
 
@@ -96,11 +95,10 @@ def test_every_member_of_a_short_training_classifies_about_as_well_as_a_codec_tr
         for keep in ((), PRUNED.keep):
             candidate = Candidate(CUT, keep, spec.code_channels, spec.stride, spec.bits)
             found[candidate] = evaluator.measure(candidate, 0).accuracy
-    print(sorted(found.values()), sum(found.values()) / len(found))
     assert min(found.values()) > 0.3
     assert sum(found.values()) / len(found) > 0.7
-    for candidate in (WHOLE, PRUNED, replace(WHOLE, code_channels=2, stride=4, bits=1)):
-        assert found[candidate] > alone.measure(candidate, 0).accuracy - 0.15
+    for candidate in (WHOLE, PRUNED, replace(WHOLE, code_channels=2, stride=2, bits=1)):
+        assert found[candidate] > alone.measure(candidate, 0).accuracy - 0.2
 
 
 def test_a_pruned_whole_network_is_better_than_with_recalibrated_batch_norms_alone(supernet, evaluator, trained):
@@ -113,14 +111,14 @@ def test_a_trial_is_the_network_it_describes(supernet, evaluator):
     network = supernet.network(PRUNED)
     assert isinstance(network, CoInference)
     assert type(network.codec) is UniformCodec
-    assert network.codec.code_shape == (4, 8, 8)
+    assert network.codec.code_shape == (8, 8, 8)
     problem = supernet.problem
     _, plan = prune_head(problem.head(CUT), EXAMPLE, dict(PRUNED.keep), layers_up_to(problem.cuts, CUT), cut_channels=True)
     assert problem.plan(CUT, dict(PRUNED.keep)) == plan
     assert network.head(EXAMPLE).shape[1] == network.codec.feature_shape[0] == len(problem.feature_channels(CUT, plan))
     measured = evaluator.measure(PRUNED, 0)
     assert measured.device_params == sum(parameter.numel() for parameter in network.device_half().parameters())
-    assert 0 < measured.payload_bits <= 4 * 8 * 8 * 3 + 8
+    assert 0 < measured.payload_bits <= 8 * 8 * 8 * 3 + 8
 
 
 def test_the_channels_left_of_a_feature_are_those_that_are_not_silent(trained, module_params):
@@ -154,7 +152,7 @@ def test_what_needs_no_supernet_is_measured_without(evaluator):
 
 
 def test_training_on_from_the_supernet_is_measured_as_such(evaluator):
-    estimated, trained_on = (method(replace(WHOLE, code_channels=2, stride=4, bits=1), 0) for method in (evaluator.measure, evaluator.rescore))
+    estimated, trained_on = (method(replace(WHOLE, code_channels=2, stride=2, bits=1), 0) for method in (evaluator.measure, evaluator.rescore))
     assert trained_on.accuracy > estimated.accuracy - 0.02
     assert trained_on != estimated
     assert trained_on.device_params == estimated.device_params
@@ -175,7 +173,7 @@ def test_int8_is_judged_and_refused_where_accuracy_collapses(supernet, evaluator
     fp32, int8 = (evaluator.measure(replace(PRUNED, precision=precision), 0) for precision in ("fp32", "int8"))
     assert int8.accuracy == pytest.approx(fp32.accuracy, abs=0.05)
     monkeypatch.setattr("pipeline.search.evaluator.integer_half", lambda half, batches: nn.Sequential(half, nn.Threshold(2.0, 0.0)))
-    with pytest.raises(ModelError, match=r"of block1 4ch /2 3bit keep 0\.50 int8 does not bear int8, which takes .* from 0\.\d+ to 0\.1\d*"):
+    with pytest.raises(ModelError, match=r"of block1 8ch /2 3bit keep 0\.50 int8 does not bear int8, which takes .* from 0\.\d+ to 0\.1\d*"):
         evaluator.measure(replace(PRUNED, precision="int8"), 0)
 
 
@@ -200,7 +198,7 @@ def test_what_is_written_is_read_again(supernet, tmp_path, evaluator, module_par
 def test_other_codecs_share_weights_too(trained, module_params, kind):
     codec = Codec(kind=kind)
     problem = problem_of(trained, module_params, codec, rate_weights=[0.0, 0.01], code_channels=[4], strides=[2], bits=[2, 3])
-    supernet = train(problem, SETTINGS.model_copy(update={"epochs": 6}))
+    supernet = train(problem, SETTINGS.model_copy(update={"epochs": 4}))
     evaluator = Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(problem.cuts), 0, supernet)
     points = ((4, 4), (2, 3), (1, 2)) if kind == "multi-rate" else ()
     bits = 8 if kind == "multi-rate" else 3
