@@ -134,6 +134,22 @@ class Silence:
             tensor[indices] = had
 
 
+def silenced(network: nn.Module, plan: ChannelPlan) -> dict[str, Tensor]:
+    """The parameters of `network` that `plan` concerns, by name, with zeros for the channels it leaves out, as `Silence` would leave them.
+
+    For `torch.func.functional_call`: `network` itself stays as it is, and gradients reach what is not silent.
+    """
+    found: dict[str, Tensor] = {}
+    for name, sides in plan.kept.items():
+        if "out" not in sides:
+            continue
+        for own, parameter in network.get_submodule(name).named_parameters():
+            speaks = torch.zeros(len(parameter), device=parameter.device)
+            speaks[list(sides["out"])] = 1
+            found[f"{name}.{own}"] = parameter * speaks.reshape(-1, *[1] * (parameter.ndim - 1))
+    return found
+
+
 def depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
 

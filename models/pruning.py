@@ -52,7 +52,7 @@ class Pruner:
         self._channel_block, self._blocks = channel_block, tuple(layers_of_block)
         self._branches = residual_branches(head)
         self._layers_of_block = {block: frozenset(layers) for block, layers in layers_of_block.items()}
-        self._graph, groups = _free_groups(self._traced, example[:1], cut_channels)
+        self._graph, groups, self._anchor = _free_groups(self._traced, example[:1], cut_channels)
         position = {name: (index, block) for index, (block, name) in enumerate((b, n) for b, layers in layers_of_block.items() for n in layers)}
         self._groups: dict[str, tuple[str, Any]] = {}
         for group in groups:
@@ -112,6 +112,19 @@ class Pruner:
                 raise ModelError(f"pruning would leave layer {name} without channels; raise its block's keep ratio.")
             kept[name][side] = rest
         return ChannelPlan({**kept, **{layer: {"out": ()} for layer in sorted(dropped)}})
+
+    def feature_channels(self, plan: ChannelPlan) -> tuple[int, ...]:
+        """The channels of the unpruned half's output that are left in a half made by `plan`, a plan of this pruner, in order."""
+        gone: set[int] = set()
+        for _, group in self._groups.values():
+            root = group[0].dep
+            sides = plan.kept.get(self._names[root.target.module], {})
+            if out := sides.get("out"):
+                removed = sorted(set(range(len(group[0].idxs))) - set(out))
+                members = self._graph.get_pruning_group(root.target.module, root.handler, removed) if removed else ()
+                gone.update(index for item in members if item.dep.target.module is self._anchor for index in item.idxs)
+        width = self._anchor.in_features if isinstance(self._anchor, nn.Linear) else self._anchor.in_channels
+        return tuple(index for index in range(width) if index not in gone)
 
     def _droppable(self, block: str) -> list[str]:
         """The layers of `block` that shortcuts go past."""
@@ -177,8 +190,8 @@ def prune_head(
     return pruned, plan
 
 
-def _free_groups(head: nn.Module, example: Tensor, cut_channels: bool) -> tuple[Any, list[Any]]:
-    """The dependency graph of `head` and the groups that may be pruned, `head` being a copy that may be traced."""
+def _free_groups(head: nn.Module, example: Tensor, cut_channels: bool) -> tuple[Any, list[Any], nn.Conv2d | nn.Linear]:
+    """The dependency graph of `head`, the groups that may be pruned, and the layer added that reads its output; `head` is a copy that may be traced."""
 
     class Anchored(nn.Module):
         """The head and one more layer that reads its output: whatever is coupled to that layer's input is coupled to the cut."""
@@ -218,7 +231,7 @@ def _free_groups(head: nn.Module, example: Tensor, cut_channels: bool) -> tuple[
                 return False
         return True
 
-    return graph, [group for group in groups if free(group)]
+    return graph, [group for group in groups if free(group)], anchor
 
 
 def _regroups(feature: Tensor) -> bool:

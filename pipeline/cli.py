@@ -26,6 +26,7 @@ SECTIONS = {
     "prepare": ("data",),
     "pretrain": ("run", "data", "backbone", "pretrain"),
     "profile": ("run", "data", "backbone", "search"),
+    "supernet": ("run", "data", "backbone", "codec", "search", "supernet"),
     "search": ("run", "data", "backbone", "codec", "search", "objective"),
     "finetune": ("run", "data", "backbone", "pretrain", "codec", "finetune"),
     "export": ("run", "data", "backbone"),
@@ -98,6 +99,12 @@ def profile(
             measure_into(load_params(), into, bench)
     except KeyboardInterrupt:  # before or after the measuring, which says itself what it keeps
         raise Interrupted(f"profile was interrupted; {into} is as it was, run it again.") from None
+
+
+@app.command()
+def supernet(device: DeviceOption = None) -> None:
+    """Train what the search's trials start from."""
+    _stage("supernet", per_device=True, device=device)
 
 
 @app.command()

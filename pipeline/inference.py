@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +28,22 @@ def predict_logits(network: nn.Module, images: Tensor) -> Tensor:
 def recalibrated(network: nn.Module, images: Tensor, parts: Sequence[nn.Module] = ()) -> nn.Module:
     """`network` in eval mode with the batch-norm statistics of its `parts` (all of it, if none are named) taken afresh from `images` (METHODS 5)."""
     network.eval()
-    norms = [layer for part in parts or [network] for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    recalibrate(parts or [network], lambda: outputs(network, images))
+    return network
+
+
+def recalibrate(parts: Iterable[nn.Module], run: Callable[[], object]) -> None:
+    """Take the batch-norm statistics of `parts`, in eval mode, afresh from what `run` sends through them."""
+    norms = [layer for part in parts for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
         layer.reset_running_stats()
         layer.momentum = None  # a plain mean over what follows
         layer.train()
-    outputs(network, images)
+    run()
     for layer, momentum in zip(norms, momenta, strict=True):
         layer.momentum = momentum
-    return network.eval()
+        layer.eval()
 
 
 def accuracy(network: nn.Module, split: Split) -> float:

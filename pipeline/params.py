@@ -127,6 +127,13 @@ class Device(Section):
     power: Power = Field(Power(), description="of the device, from which energy is predicted")
 
 
+class Supernet(Section):
+    epochs: int = Field(0, ge=0, description="passes over the training images, once for each cut and once for the network; 0: every trial trains its own codec")
+    batch_size: Count = Field(64, description="images a step")
+    learning_rate: Positive = Field(0.01, description="peak of the one-cycle schedule, of codecs; the backbone takes less")
+    precision: Precision = Field("auto", description="auto picks bf16 where the processor computes it natively")
+
+
 class Search(Section):
     trials: Count = Field(description="evaluations, baselines not counted")
     method: Literal["tpe", "nsga2", "random", "uniform", "ddpg"] = Field(
@@ -139,10 +146,12 @@ class Search(Section):
     ray_address: str | None = Field(
         None, description="`HOST:PORT` of the cluster for executor `ray`; its machines need this folder under the same path and the same packages"
     )
-    codec_steps: Count = Field(description="training steps of one trial")
-    train_images: Count = Field(description="training images a trial draws from")
+    codec_steps: Count = Field(description="training steps of a rescored trial, and of every trial where there is no supernet")
+    train_images: Count = Field(description="training images that these draw from")
     batch_size: Count = Field(64, description="images a step")
     learning_rate: Positive = Field(0.01, description="of a trial's training")
+    validation_images: Count | None = Field(None, description="validation images that trials are judged by, drawn once; null = all")
+    rescored: int = Field(4, ge=0, description="best trials of a supernet that are trained and measured again, from which the choice is made; 0 = none")
     cuts: Literal["blocks", "all"] = Field(
         "blocks", description="where to cut: after each block, or wherever a single tensor crosses; `all` needs a profile measured so"
     )
@@ -218,6 +227,7 @@ class Params(Section):
     pretrain: Pretrain
     codec: Codec = Codec()
     devices: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], Device] = Field(min_length=1)
+    supernet: Supernet = Supernet()
     search: Search
     objective: Objective
     finetune: Finetune

@@ -35,6 +35,7 @@ class DevicePaths:
         self.cuts = self.root / "profile" / "cuts.json"
         self.device_profile = self.root / "profile" / "device.json"
         self.edge_profile = self.root / "profile" / "edge.json"
+        self.supernet = self.root / "supernet"
         self.trials = self.root / "search" / "trials.csv"
         self.pareto = self.root / "search" / "pareto.json"
         self.chosen = self.root / "search" / "chosen.json"

@@ -13,7 +13,7 @@ import yaml
 from pipeline.cli import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("prepare", "pretrain", "profile", "search", "finetune", "export", "evaluate")
+STAGES = ("prepare", "pretrain", "profile", "supernet", "search", "finetune", "export", "evaluate")
 CODE = re.compile(r"^(?:\.\./\.\./)?((?:models|pipeline)/.*)$")
 
 

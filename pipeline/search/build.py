@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from models.backbones import build_backbone
-from models.cutting import CutPoint
 from pipeline.costs.device_profile import DeviceProfile
 from pipeline.costs.energy import PowerModel, board
 from pipeline.costs.link import Link
-from pipeline.data import load_card, load_split
-from pipeline.files import read_json
+from pipeline.data import load_split
 from pipeline.params import Params, Power, parse_params
-from pipeline.paths import BACKBONE_WEIGHTS, DevicePaths
+from pipeline.paths import DevicePaths
 from pipeline.search.costing import Deployment
 from pipeline.search.evaluator import Evaluator
 from pipeline.search.executor import Executor, InProcess, Measure, Pool, Setup
-from pipeline.search.problem import Problem
+from pipeline.search.inputs import load_problem
 from pipeline.search.processes import ProcessFleet
 from pipeline.search.ray_fleet import RayFleet
+from pipeline.search.supernet import Supernet
 
 
 def build_evaluator(params: Params, device: str) -> Evaluator:
@@ -31,15 +29,12 @@ def build_evaluator(params: Params, device: str) -> Evaluator:
     Raises:
         CoinferError: an input is missing or does not fit.
     """
-    paths, target, card = DevicePaths(device), params.device(device), load_card()
-    rows = read_json(paths.cuts, "the list of cut points")
-    cuts = [CutPoint.from_dict({field.name: row[field.name] for field in fields(CutPoint)}) for row in rows]
-    backbone = build_backbone(params.backbone.name, card.num_classes, card.image_size, BACKBONE_WEIGHTS)
+    paths, target = DevicePaths(device), params.device(device)
+    problem = load_problem(params, device)
     profiles = DeviceProfile.load(paths.device_profile), DeviceProfile.load(paths.edge_profile)
-    link, power = Link(target.link.rate_mbps, target.link.rtt_ms), power_of(target.power)
-    deployment = Deployment(*profiles, link, power)
-    problem = Problem(backbone, cuts, params.search, params.codec, profiles[0].channel_block)
-    return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed)
+    deployment = Deployment(*profiles, Link(target.link.rate_mbps, target.link.rtt_ms), power_of(target.power))
+    supernet = Supernet.load(problem, paths.supernet)
+    return Evaluator(problem, load_split("train"), load_split("validation"), deployment, params.run.seed, supernet)
 
 
 def power_of(given: Power) -> PowerModel:

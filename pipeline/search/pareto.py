@@ -23,7 +23,8 @@ NEAREST = 3  # candidates named where none is within the limits
 class Trial:
     """One row of the search: a candidate with its measurement, or with the reason there is none.
 
-    `duplicate_of` is the number of the trial whose measurement (or failure) was reused.
+    `duplicate_of` is the number of the trial whose measurement (or failure) was reused; `rescores` that of the trial whose candidate was measured again
+    after more training, which that trial no longer speaks for.
     """
 
     number: int
@@ -31,6 +32,7 @@ class Trial:
     measurement: Measurement | None
     duplicate_of: int | None = None
     failure: str | None = None
+    rescores: int | None = None
 
 
 def costs(measurement: Measurement) -> tuple[float, ...]:
@@ -39,8 +41,9 @@ def costs(measurement: Measurement) -> tuple[float, ...]:
 
 
 def feasible(trials: Sequence[Trial], limits: Limits) -> list[Trial]:
-    """The trials measured and within `limits`, each candidate once, in order."""
-    return [t for t in trials if t.duplicate_of is None and t.measurement is not None and limits.allow(t.measurement)]
+    """The trials measured and within `limits`, each candidate once, by its last measurement, in order."""
+    outdated = {trial.rescores for trial in trials}
+    return [t for t in trials if t.duplicate_of is None and t.number not in outdated and t.measurement is not None and limits.allow(t.measurement)]
 
 
 def non_dominated(trials: Sequence[Trial]) -> list[Trial]:
@@ -98,11 +101,11 @@ def trials_csv(trials: Sequence[Trial], limits: Limits) -> str:
     described, measured = [f.name for f in fields(Candidate)], [f.name for f in fields(Measurement)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["number", "label", "state", "duplicate_of", "failure", "feasible", "pareto", *described, *measured])
+    writer.writerow(["number", "label", "state", "duplicate_of", "rescores", "failure", "feasible", "pareto", *described, *measured])
     for trial in trials:
         m = trial.measurement
-        state = "failed" if m is None else "reused" if trial.duplicate_of is not None else "measured"
-        flags = [trial.duplicate_of, trial.failure, int(m is not None and limits.allow(m)), int(trial.number in pareto)]
+        state = "failed" if m is None else "reused" if trial.duplicate_of is not None else "rescored" if trial.rescores is not None else "measured"
+        flags = [trial.duplicate_of, trial.rescores, trial.failure, int(m is not None and limits.allow(m)), int(trial.number in pareto)]
         candidate = trial.candidate.to_dict() | {"keep": json.dumps(dict(trial.candidate.keep), sort_keys=True)}
         values = [None] * len(measured) if m is None else [asdict(m)[name] for name in measured]
         writer.writerow([trial.number, trial.candidate.label(), state, *flags, *(candidate[name] for name in described), *values])

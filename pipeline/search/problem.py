@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -9,12 +10,13 @@ from torch import nn
 
 from models.channel_plan import ChannelPlan
 from models.channels import check_noise
-from models.codec import code_shape
+from models.codec import CodecSpec, code_shape
 from models.cutting import CutPoint, split
 from models.pruning import Pruner, Scores
 from pipeline.errors import ModelError, ParamsError
-from pipeline.networks import layers_up_to, pruner
+from pipeline.networks import codec_spec, layers_up_to, pruner
 from pipeline.params import Codec, Search
+from pipeline.search.candidate import Candidate
 from pipeline.search.space import Space
 
 
@@ -153,6 +155,30 @@ class Problem:
             return self.plan(cut, {name: ratio})
         except ModelError as error:
             return error
+
+    def specs(self, cut: str) -> list[CodecSpec]:
+        """The codecs that the space has at `cut`; none for kinds without weights to share."""
+        space = self.space()
+        if self._raw or cut not in space.codes:
+            return []
+        channels, strides = space.codes[cut]
+        rates = self.settings.rate_weights if self.codec.kind == "rate" else [None]
+        shares = list(zip(self.codec.shares, self.codec.bits, strict=True)) if self.codec.kind == "multi-rate" else []
+        found = []
+        for width, stride, bits, rate in itertools.product(channels, strides, space.bits, rates):
+            points = tuple((max(1, round(share * width)), own_bits) for share, own_bits in shares)
+            code = Candidate(cut, code_channels=width, stride=stride, bits=bits, codec=self.codec.kind, rate_weight=rate, points=points)
+            found.append(codec_spec(code, self.codec))
+        return found
+
+    def feature_channels(self, cut: str, plan: ChannelPlan) -> tuple[int, ...] | None:
+        """The channels of the feature at `cut` that `plan`, one of `plan` for this cut, leaves; None where that is all of them."""
+        known = self._pruners.get(cut)
+        if not plan.kept or known is None or isinstance(known, ModelError):
+            return None
+        channels = known[0].feature_channels(plan)
+        point = next(point for point in self.cuts if point.name == cut)
+        return channels if len(channels) < point.shape[0] else None
 
     def head(self, cut: str) -> nn.Module:
         """The device half of the backbone, sharing its weights."""

@@ -22,8 +22,9 @@ from pipeline.search.driver import search
 from pipeline.search.figure import hypervolume_figure, importance_figure, pareto_figure
 from pipeline.search.importances import importances, importances_csv
 from pipeline.search.limits import Limits
-from pipeline.search.pareto import OBJECTIVES, Trial, baselines, choose, feasible, non_dominated, point, trials_csv
+from pipeline.search.pareto import OBJECTIVES, Trial, baselines, feasible, non_dominated, point, trials_csv
 from pipeline.search.progress import LiveTable, Progress, progress_csv
+from pipeline.search.rescoring import choose_settled, rescored
 from pipeline.search.searcher import build_searcher
 
 if TYPE_CHECKING:
@@ -70,12 +71,24 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
                 table.update()
                 if point_now.best is not None:
                     tracker.log_metrics({f"best_{minimize}": point_now.best, "hypervolume": point_now.hypervolume}, step=trial.number)
+        trials.sort(key=lambda trial: trial.number)  # several workers finish in another order
+        history = Progress(limits, minimize, raw_bytes, len(space.baselines())).history(trials)
+        kept = journal.with_name("rescored.json")
+        trials.extend(rescored(tuple(trials), limits, minimize, settings.rescored, evaluator.rescore, evaluator.is_estimate, seed=params.run.seed, kept=kept))
     except KeyboardInterrupt:
         raise Interrupted(f"search {device} was interrupted: {len(trials)} trials are kept in {journal}; `dvc repro` goes on from there.") from None
-    trials.sort(key=lambda trial: trial.number)  # several workers finish in another order
 
-    chosen, (device_only, edge_only) = choose(trials, limits, minimize), baselines(trials, limits, minimize)
+    chosen = choose_settled(trials, limits, minimize, evaluator.is_estimate)
+    device_only, edge_only = baselines(trials, limits, minimize)
+    if chosen.measurement is not None and not limits.allow(chosen.measurement):
+        print(
+            f"search {device}: none of the rescored candidates keeps accuracy {limits.floor:.4f}; {chosen.candidate.label()} comes nearest with "
+            f"{chosen.measurement.accuracy:.4f} and is chosen, since fine-tuning is still to come.",
+            file=sys.stderr,
+        )
     front = non_dominated(feasible(trials, limits))
+    if chosen not in front:  # an estimate may look better than what was measured again
+        front.append(chosen)
     chosen_point = point(chosen, limits)
     common = {"reference_accuracy": evaluator.reference_accuracy, "floor": limits.floor}
     summary = {"chosen": chosen_point, "device_only": point(device_only, limits), "edge_only": point(edge_only, limits), **common}
@@ -84,7 +97,6 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
         paths.pareto, {"objectives": OBJECTIVES, "memory_mb": limits.memory_mb, **common, "chosen": chosen.number, "points": [point(t, limits) for t in front]}
     )
     atomic_write_json(paths.chosen, summary)
-    history = Progress(limits, minimize, raw_bytes, len(space.baselines())).history(trials)
     atomic_write_text(paths.progress, progress_csv(history))
     shares = importances(trials, space, params.run.seed)
     atomic_write_text(paths.importances, importances_csv(shares))
@@ -108,12 +120,13 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
 def _study_key(params: Params, device: str) -> str:
     """Names all that a trial's outcome depends on, so not how many there are nor what is chosen from them: more trials go on with the same study."""
     paths = DevicePaths(device)
-    inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile)
+    supernet = sorted(paths.supernet.glob("*.safetensors"))
+    inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile, *supernet)
     known = {
         "run": [params.run.seed, threads_of(params)],
         "backbone": params.backbone.name,
         "device": [device, params.device(device).model_dump(include={"memory_mb", "link", "power"})],
-        "search": params.search.model_dump(exclude={"trials", "executor", "workers", "ray_address"}),
+        "search": params.search.model_dump(exclude={"trials", "rescored", "executor", "workers", "ray_address"}),
         "codec": params.codec.model_dump(),
         "limits": params.objective.model_dump(exclude={"minimize"}),
         "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
-from models.channel_plan import ChannelPlan, Silence, rebuild
+from models.channel_plan import ChannelPlan, Silence, rebuild, silenced
 from models.cutting import cut_points, split
 from models.pruning import prune_head
 from pipeline.errors import ModelError
@@ -99,3 +100,19 @@ def test_silence_holds_against_an_optimiser_with_momentum_and_decay_and_lifts_to
     for tensor in ("block2.conv1.weight", "block2.bn1.weight", "block2.bn1.bias", "block2.bn1.running_var"):
         assert torch.equal(after[tensor][gone], before[tensor][gone])
         assert not torch.equal(after[tensor][kept], before[tensor][kept]), "the rest trained on meanwhile"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_silenced_parameters_give_what_the_pruned_network_computes_and_gradients_to_what_is_left(tiny_backbone: nn.Module, training: bool) -> None:
+    head, plan, images = pruned_tiny(tiny_backbone)
+    narrow = rebuild(head, plan).train(training)
+    before = {name: tensor.clone() for name, tensor in head.named_parameters()}
+    found = functional_call(head.train(training), silenced(head, plan), (images,))
+    torch.testing.assert_close(found, narrow(images))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.named_parameters())
+    found.square().mean().backward()
+    name, kept = next((name, sides["out"]) for name, sides in plan.kept.items() if "out" in sides and "conv" in name)
+    gradient = head.get_submodule(name).weight.grad
+    assert isinstance(gradient, torch.Tensor)
+    assert set(gradient.flatten(1).any(1).nonzero().flatten().tolist()) <= set(kept)
+    assert bool(gradient.any())

@@ -1,0 +1,135 @@
+"""How well a supernet's cheap trials order candidates that full fine-tuning would tell apart; `benchmarks/search.py` runs this and writes the results."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau, spearmanr
+from torch import nn
+
+from models.channel_plan import rebuild
+from models.codec import RateCodec
+from models.cutting import split
+from pipeline.data import Split
+from pipeline.distilling import Distiller
+from pipeline.errors import CoinferError
+from pipeline.inference import accuracy, recalibrated
+from pipeline.networks import split_network
+from pipeline.params import Finetune
+from pipeline.search.candidate import OUTPUT, Candidate
+from pipeline.search.evaluator import Evaluator
+from pipeline.search.problem import Problem
+from pipeline.split_distilling import SplitDistiller
+from pipeline.training import DataModule, fit
+
+WITHIN = 0.05  # of the best: what is farther off is easily told apart
+STATISTICS_IMAGES = 1024
+MOST_DRAWS = 40  # for each candidate wanted
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a trial says of a candidate, and the process seconds that it took."""
+
+    candidate: Candidate
+    accuracy: float
+    payload_bits: float
+    trial_s: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One candidate: what the trial said, what full fine-tuning gave (top-1 of the same validation images), and what both cost in process seconds."""
+
+    candidate: dict[str, Any]
+    estimated: float
+    finetuned: float
+    trial_s: float
+    finetune_s: float
+
+
+def random_candidate(problem: Problem, rng: np.random.Generator) -> Candidate:
+    """A split or pruned device-only candidate of the space: every choice uniform."""
+
+    def pick(values: Sequence[Any]) -> Any:
+        return values[int(rng.integers(len(values)))]
+
+    space = problem.space()
+    cut = pick([*space.codes, *([OUTPUT] if problem.legal_keep(OUTPUT) else [])])
+    keep = tuple((name, float(pick(ratios))) for name, ratios in problem.legal_keep(cut).items())
+    if cut == OUTPUT:
+        return Candidate(cut, keep)
+    spec = pick(problem.specs(cut))
+    rate = spec.rate_weight if spec.kind == "rate" else None
+    return Candidate(cut, keep, spec.code_channels, spec.stride, spec.bits, codec=spec.kind, rate_weight=rate, points=spec.points)
+
+
+def candidates_near_the_best(evaluator: Evaluator, count: int, seed: int) -> list[Estimate]:
+    """`count` random candidates that the trials put within 5 points of the best of all drawn.
+
+    Raises:
+        CoinferError: there are too few in the space.
+    """
+    rng = np.random.default_rng(seed)
+    drawn: dict[Candidate, Estimate] = {}
+    for _ in range(MOST_DRAWS * count):
+        candidate = random_candidate(evaluator.problem, rng)
+        if candidate in drawn or not evaluator.is_estimate(candidate):
+            continue
+        start = time.process_time()
+        measured = evaluator.measure(candidate, 0)
+        drawn[candidate] = Estimate(candidate, measured.accuracy, measured.payload_bits, time.process_time() - start)
+        best = max(found.accuracy for found in drawn.values())
+        near = [found for found in drawn.values() if found.accuracy >= best - WITHIN]
+        if len(near) >= count and len(drawn) >= 2 * count:  # so that the best is not the best of a few
+            return near[:count]
+    raise CoinferError(f"of {len(drawn)} candidates drawn fewer than {count} lie within {WITHIN:.0%} of the best; widen search.code_channels or search.keep.")
+
+
+def finetuned(problem: Problem, candidate: Candidate, train: Split, settings: Finetune, label_smoothing: float, seed: int, promised_bits: float) -> nn.Module:
+    """`candidate` trained for `settings.epochs` as the stage `finetune` does: from the backbone's weights and a fresh codec, on one thread.
+
+    Codec `rate` is held to the bits that the trial `promised`, as there.
+    """
+    torch.manual_seed(seed)
+    plan, teacher = problem.plan(candidate.cut, dict(candidate.keep)), copy.deepcopy(problem.backbone)
+    if candidate.kind == "device-only":
+        whole = recalibrated(rebuild(problem.head(OUTPUT), plan), train[0][:STATISTICS_IMAGES])
+        lesson = Distiller(whole, teacher, settings, label_smoothing)
+    else:
+        network = split_network(problem.backbone, problem.example, candidate, plan, problem.codec)
+        if isinstance(network.codec, RateCodec):
+            network.codec.budget_bits = promised_bits
+        if plan.kept:
+            recalibrated(network.head, train[0][:STATISTICS_IMAGES])
+        lesson = SplitDistiller(network, split(teacher, problem.example, candidate.cut), settings, label_smoothing)
+    data = DataModule(train, (train[0][:1], train[1][:1]), settings, seed)
+    options: dict[str, Any] = {"threads": 1, "precision": settings.precision, "log": lambda row: None}
+    fit(lesson, data, name=f"finetune {candidate.label()}", epochs=settings.epochs, checkpoint_dir=None, **options)
+    return lesson.network
+
+
+def judged(evaluator: Evaluator, found: Estimate, train: Split, settings: Finetune, label_smoothing: float, seed: int) -> Judged:
+    """One row of the comparison: `found` fine-tuned, and judged by the validation images of the `evaluator`."""
+    start = time.process_time()
+    network = finetuned(evaluator.problem, found.candidate, train, settings, label_smoothing, seed, found.payload_bits)
+    finetune_s = time.process_time() - start
+    return Judged(found.candidate.to_dict(), found.accuracy, accuracy(network, evaluator.validation), found.trial_s, finetune_s)
+
+
+def summary(rows: Sequence[Judged], training_s: float = 0.0, shared_by: int = 200) -> dict[str, float]:
+    """Rank correlations, and what a trial costs as a share of fine-tuning, also with the supernet's `training_s` shared by so many trials."""
+    estimated, tuned = ([getattr(row, name) for row in rows] for name in ("estimated", "finetuned"))
+    trial_s, finetune_s = (float(np.median([getattr(row, name) for row in rows])) for name in ("trial_s", "finetune_s"))
+    return {
+        "spearman": float(spearmanr(estimated, tuned).statistic),
+        "kendall": float(kendalltau(estimated, tuned).statistic),
+        "cost_ratio": trial_s / finetune_s,
+        "cost_ratio_shared": (trial_s + training_s / shared_by) / finetune_s,
+    }

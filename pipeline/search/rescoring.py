@@ -1,0 +1,93 @@
+"""Successive fidelity: the best of what a supernet estimated is trained a little and measured again before the choice (METHODS 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import CoinferError, ModelError
+from pipeline.files import atomic_write_json, read_json
+from pipeline.search.candidate import Candidate, Measurement
+from pipeline.search.limits import Limits
+from pipeline.search.pareto import MEASURED, Trial, choose, feasible, non_dominated, not_finite
+
+PATIENCE = 2  # times the number of candidates to rescore, until one is within the limits
+
+Measure = Callable[[Candidate, int], Measurement]
+
+
+def rescored(
+    trials: Sequence[Trial], limits: Limits, minimize: str, count: int, measure: Measure, is_estimate: Callable[[Candidate], bool], *, seed: int, kept: Path
+) -> Iterator[Trial]:
+    """Measure the best estimates among `trials` again; yield them as further trials, each with `rescores`.
+
+    They are the feasible Pareto set from its cheapest point on, up to the first point that is no estimate, which stands already; where no estimate is
+    feasible, those that miss the limits by least. There are `count`, and up to `PATIENCE` times as many while none of them is within the limits. `kept`
+    is a file that remembers them, so that an interrupted search does not measure them twice.
+
+    Raises:
+        CoinferError: `kept` cannot be read or written.
+    """
+    known = read_json(kept, "the rescored trials") if kept.exists() else {}
+    found: list[Trial] = []
+    for trial in _best(trials, limits, minimize, is_estimate)[: PATIENCE * count]:
+        if len(found) >= count and feasible(found, limits):
+            return
+        key = trial.candidate.to_json()
+        if key not in known:
+            known[key] = _measured(trial.candidate, measure, int(np.random.SeedSequence([seed, trial.number, 1]).generate_state(1)[0]))
+            atomic_write_json(kept, known)
+        measurement, failure = known[key]["measurement"], known[key]["failure"]
+        again = Measurement(**measurement) if measurement is not None else None
+        found.append(Trial(len(trials) + len(found), trial.candidate, again, failure=failure, rescores=trial.number))
+        yield found[-1]
+
+
+def choose_settled(trials: Sequence[Trial], limits: Limits, minimize: str, is_estimate: Callable[[Candidate], bool]) -> Trial:
+    """`choose` among what is settled: rescored trials, and those that never were estimates.
+
+    Where none of these is within the limits, the rescored trial that misses the accuracy floor by least, if that is all it misses: fine-tuning is still to
+    come. Where nothing was rescored, all trials count.
+
+    Raises:
+        CoinferError: there is none of these either; names the binding limit and the nearest candidate.
+    """
+    again = [trial for trial in trials if trial.rescores is not None and trial.measurement is not None]
+    settled = [trial for trial in trials if trial.rescores is not None or not is_estimate(trial.candidate)] if again else list(trials)
+    try:
+        return choose(settled, limits, minimize)
+    except CoinferError:
+        near = [(trial, limits.violations(trial.measurement)) for trial in again if trial.measurement is not None]
+        short = [(missed["accuracy"], trial.number, trial) for trial, missed in near if all(value <= 0 for name, value in missed.items() if name != "accuracy")]
+        if not short or not feasible([trial for trial in trials if trial.rescores is None and is_estimate(trial.candidate)], limits):
+            raise
+        return min(short)[2]
+
+
+def _best(trials: Sequence[Trial], limits: Limits, minimize: str, is_estimate: Callable[[Candidate], bool]) -> list[Trial]:
+    """What to rescore, the most promising first."""
+    front = sorted(non_dominated(feasible(trials, limits)), key=lambda trial: (getattr(trial.measurement, MEASURED[minimize]), trial.number))
+    settled = [place for place, trial in enumerate(front) if not is_estimate(trial.candidate)]
+    if good := front[: settled[0]] if settled else front:
+        return good
+    if settled:
+        return []
+
+    def missed(trial: Trial) -> float:
+        assert trial.measurement is not None
+        return sum(max(0.0, value) for value in limits.violations(trial.measurement).values())
+
+    guesses = [trial for trial in trials if trial.measurement is not None and trial.duplicate_of is None and is_estimate(trial.candidate)]
+    return sorted(guesses, key=lambda trial: (missed(trial), trial.number))
+
+
+def _measured(candidate: Candidate, measure: Measure, seed: int) -> dict[str, object]:
+    try:
+        measurement = measure(candidate, seed)
+    except (ModelError, ValueError, ArithmeticError, RuntimeError) as error:
+        return {"measurement": None, "failure": " ".join(str(error).split()) or type(error).__name__}
+    if wrong := not_finite(measurement):
+        return {"measurement": None, "failure": f"{', '.join(wrong)} came out as no finite number"}
+    return {"measurement": measurement.to_dict(), "failure": None}
