@@ -120,7 +120,7 @@ class _Kind:
         self._trees: Any = None
         if len(ms) >= _LEAST:
             self._trees = GradientBoostingRegressor(
-                n_estimators=200, learning_rate=0.06, max_depth=4, min_samples_leaf=3, subsample=0.7, max_features=0.5, random_state=0, loss="huber"
+                n_estimators=200, learning_rate=0.06, max_depth=4, min_samples_leaf=3, subsample=0.7, max_features=0.5, random_state=0
             )
             self._trees.fit(np.array([_features(call) for call in times]), np.log(ms / self._roofline(work)))
 
