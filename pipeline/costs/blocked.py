@@ -16,9 +16,7 @@ _CONVS = ("Conv", "FusedConv")
 
 
 def to_blocks(nodes: Sequence[Node], block: int) -> list[Node]:
-    """`nodes` with their convolutions, and what else can be, in blocks of `block` channels; if that is 0, as they are but for the sums that
-    convolutions compute as they write. (That form is of processors without blocks, such as older Arm ones, and was read in the runtime's source, not on one.)
-    """
+    """`nodes` with their convolutions, and what else can be, in blocks of `block` channels; none of them if that is 0."""
     return _Blocks(nodes, block).rewritten()
 
 
@@ -36,7 +34,7 @@ class _Blocks:
         for node in self.nodes:
             if node.op == "HardSwish":
                 self._hard_swish(node)
-            elif not (self._blocks(node) if self.block else self._sums(node)):
+            elif not (self.block and self._blocks(node)) and not self._sums(node):
                 self._keep(node)
         self._plain(self.nodes[-1])
         return self.out
@@ -70,18 +68,18 @@ class _Blocks:
         return False
 
     def _sums(self, node: Node) -> bool:
-        """Without blocks: whether a convolution computes `node` as it writes, a sum or the activation after one (conv_add_act_fusion.cc)."""
+        """Whether a convolution without blocks computes `node` as it writes: a sum, or the activation after one (conv_add_act_fusion.cc)."""
         if node.op == "Add" and len(node.inputs) == 2 and node.inputs[0].shape == node.inputs[1].shape:
             for source, other in (node.inputs, node.inputs[::-1]):
                 conv = self._plain(source)
-                if conv.op == "Conv" and self.uses[source] == 1 and source is not other:
+                if conv.op == "Conv" and conv.bias and self.uses[source] == 1 and source is not other:
                     conv.op, conv.inputs = "FusedConv", [*conv.inputs, self._plain(other)]
                     self._late(conv)
                     self.plain[node] = conv
                     return True
         if node.op in FUSED_WITH_CONV and self.uses[node.inputs[0]] == 1:
             conv = self._plain(node.inputs[0])
-            if conv.op == "FusedConv" and not conv.activation:
+            if conv.op == "FusedConv" and len(conv.inputs) == 2 and not conv.activation:
                 conv.activation = node.op
                 self.plain[node] = conv
                 return True
