@@ -13,7 +13,7 @@ from tests.pipeline.costs.kernels import profiled_session, this_block
 
 @pytest.fixture(scope="module")
 def chains() -> list[Chain]:
-    return random_chains(66, seed=0)
+    return random_chains(99, seed=0)
 
 
 @pytest.fixture(scope="module")
