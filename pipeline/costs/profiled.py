@@ -50,7 +50,7 @@ def profiled_kernels(optimised: onnx.ModelProto, events: Sequence[Mapping[str, A
     for name, found in runs.items():
         node = nodes[name]
         for output, described in zip((output for output in node.output if output), found[-1]["args"]["output_type_shape"], strict=False):
-            (types[output], shape), = described.items()
+            ((types[output], shape),) = described.items()
             shapes[output] = tuple(shape)
         timed.append(KernelTime(_call(node, shapes, types, constants), median(event["dur"] for event in found[warmup:]) / 1e3))
     return tuple(timed)

@@ -88,7 +88,9 @@ class _Integers:
         read = sources if op == "Transpose" else [self._laid_out(source, last) for source in sources]
         if not kernel:
             read = [self._float(source) if source.dtype == "uint8" and sources else source for source in read]
-        made = self._emit(Node(op, read, _turned(node.shape, last), "uint8" if kernel else node.dtype, node.weights, node.kernel, node.strides, node.groups), last)
+        made = self._emit(
+            Node(op, read, _turned(node.shape, last), "uint8" if kernel else node.dtype, node.weights, node.kernel, node.strides, node.groups), last
+        )
         if node in self.integer and not kernel:
             made = self._emit(Node("QuantizeLinear", [made], made.shape, "uint8"), last)
         self.made[node] = made
