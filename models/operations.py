@@ -104,7 +104,7 @@ class _Recorder(TorchDispatchMode):
     """Notes every aten operation on what follows from `image`."""
 
     def __init__(self, module: nn.Module, image: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Operation] = []
         self._kept: list[Any] = [image]  # so that no tensor takes the identity of one that is gone
         self._made: dict[int, int] = {id(image): -1}
@@ -123,7 +123,7 @@ class _Recorder(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -149,7 +149,8 @@ class _Recorder(TorchDispatchMode):
             fields = {"kind": "conv_transpose" if transposed else "conv", "weight": tuple(weight.shape), "bias": bias is not None, "groups": groups}
             fields |= {"kernel": tuple(weight.shape[2:]), "stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
         elif name in _POOLS:
-            kernel, stride, padding = [*args[1:], [], [0, 0]][:3] if len(args) < 3 else [*args[1:], [0, 0]][:3]
+            given: list[Any] = list(args[1:4])
+            kernel, stride, padding = given + [(), (0, 0)][len(given) - 1 :]
             fields = {"kind": _POOLS[name], "kernel": _pair(kernel), "stride": _pair(stride or kernel), "padding": _pair(padding)}
         elif name == "addmm":
             fields |= {"weight": tuple(args[2].shape), "bias": True}

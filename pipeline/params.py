@@ -134,6 +134,18 @@ class Supernet(Section):
     precision: Precision = Field("auto", description="auto picks bf16 where the processor computes it natively")
 
 
+class Ddpg(Section):
+    cut: str | None = Field(None, description="the cut that is searched; null = all, those that do best for longer")
+    reward: Literal["linear", "log"] = Field("linear", description="accuracy - weight x latency / device-only's, or -error x ln(1 + that ratio)")
+    reward_weights: list[NonNegative] = Field([0.03, 0.1, 0.3], min_length=1, description="of latency in reward `linear`; several, in turn, trace a front")
+
+    @model_validator(mode="after")
+    def _weighted(self) -> Self:
+        if self.reward == "log" and len(self.reward_weights) > 1:
+            raise ValueError("reward log takes no weight, but reward_weights has several; give one, or reward linear")
+        return self
+
+
 class Search(Section):
     trials: Count = Field(description="evaluations, baselines not counted")
     method: Literal["tpe", "nsga2", "random", "uniform", "ddpg"] = Field(
@@ -146,6 +158,7 @@ class Search(Section):
     ray_address: str | None = Field(
         None, description="`HOST:PORT` of the cluster for executor `ray`; its machines need this folder under the same path and the same packages"
     )
+    ddpg: Ddpg = Field(Ddpg(), description="of method ddpg")
     codec_steps: Count = Field(description="training steps of a rescored trial, and of every trial where there is no supernet")
     train_images: Count = Field(description="training images that these draw from")
     batch_size: Count = Field(64, description="images a step")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from models.operations import Shape
-from pipeline.costs.onnx_graph import Node
+from pipeline.costs.onnx_graph import FUSED_WITH_CONV, Node
 
 _ALIGNED = 4  # channels that a reorder moves at once
 _KEEPING = {"Relu", "Sigmoid", "Tanh", "HardSigmoid", "Gelu", "QuickGelu"}
@@ -16,7 +16,7 @@ _CONVS = ("Conv", "FusedConv")
 
 
 def to_blocks(nodes: Sequence[Node], block: int) -> list[Node]:
-    """`nodes` with their convolutions, and what else can be, in blocks of `block` channels; as they are, but for fused sums, if that is 0."""
+    """`nodes` with their convolutions, and what else can be, in blocks of `block` channels; none of them if that is 0."""
     return _Blocks(nodes, block).rewritten()
 
 
@@ -34,15 +34,13 @@ class _Blocks:
         for node in self.nodes:
             if node.op == "HardSwish":
                 self._hard_swish(node)
-            elif not self._blocks(node):
+            elif not (self.block and self._blocks(node)) and not self._sums(node):
                 self._keep(node)
         self._plain(self.nodes[-1])
         return self.out
 
     def _blocks(self, node: Node) -> bool:
         """Whether `node` was put in blocks."""
-        if not self.block:
-            return False
         if node.op in _CONVS:
             return self._conv(node)
         if node.op in ("MaxPool", "AveragePool", "GlobalAveragePool"):
@@ -67,6 +65,24 @@ class _Blocks:
             made = self._add(node, "nchwc.Conv", [self.blocked[node.inputs[0]]])
             made.weights, made.kernel, made.strides, made.groups = (channels, 1, 1, 1), (1, 1), (1, 1), channels
             return True
+        return False
+
+    def _sums(self, node: Node) -> bool:
+        """Whether a convolution without blocks computes `node` as it writes: a sum, or the activation after one (conv_add_act_fusion.cc)."""
+        if node.op == "Add" and len(node.inputs) == 2 and node.inputs[0].shape == node.inputs[1].shape:
+            for source, other in (node.inputs, node.inputs[::-1]):
+                conv = self._plain(source)
+                if conv.op == "Conv" and conv.bias and self.uses[source] == 1 and source is not other:
+                    conv.op, conv.inputs = "FusedConv", [*conv.inputs, self._plain(other)]
+                    self._late(conv)
+                    self.plain[node] = conv
+                    return True
+        if node.op in FUSED_WITH_CONV and self.uses[node.inputs[0]] == 1:
+            conv = self._plain(node.inputs[0])
+            if conv.op == "FusedConv" and len(conv.inputs) == 2 and not conv.activation:
+                conv.activation = node.op
+                self.plain[node] = conv
+                return True
         return False
 
     def _conv(self, node: Node) -> bool:

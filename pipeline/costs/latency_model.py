@@ -6,13 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from sklearn.ensemble import GradientBoostingRegressor
+from sklearn.linear_model import LinearRegression
 
 from pipeline.costs.kernel_call import KernelCall
 from pipeline.errors import ProfileError
@@ -116,16 +117,24 @@ class _Kind:
 
     def __init__(self, times: dict[KernelCall, float]) -> None:
         work, ms = np.array([_work(call) for call in times]), np.array(list(times.values()))
-        self._rates = nnls(work / ms[:, None], np.ones(len(ms)))[0]
-        self._trees: Any = None
-        if len(ms) >= _LEAST:
-            self._trees = GradientBoostingRegressor(
-                n_estimators=200, learning_rate=0.06, max_depth=4, min_samples_leaf=3, subsample=0.7, max_features=0.5, random_state=0, loss="huber"
-            )
-            self._trees.fit(np.array([_features(call) for call in times]), np.log(ms / self._roofline(work)))
+        fitted = LinearRegression(fit_intercept=False, positive=True).fit(work / ms[:, None], np.ones(len(ms)))
+        self._rates: Array = np.asarray(fitted.coef_)
+        self._times = dict(times)
+
+    @cached_property
+    def _trees(self) -> Any:
+        # fitted when first asked, for most kinds are never
+        if len(self._times) < _LEAST:
+            return None
+        trees = GradientBoostingRegressor(
+            n_estimators=150, learning_rate=0.08, max_depth=4, min_samples_leaf=3, subsample=0.7, max_features=0.5, random_state=0
+        )
+        expected = self._roofline(np.array([_work(call) for call in self._times]))
+        return trees.fit(np.array([_features(call) for call in self._times]), np.log(np.array(list(self._times.values())) / expected))
 
     def _roofline(self, work: Array) -> Array:
-        return np.maximum(work @ self._rates, _LEAST_MS)
+        expected: Array = np.maximum(work @ self._rates, _LEAST_MS)
+        return expected
 
     def predict(self, calls: Sequence[KernelCall]) -> list[float]:
         ms = self._roofline(np.array([_work(call) for call in calls]))

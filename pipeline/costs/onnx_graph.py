@@ -47,6 +47,7 @@ class Node:
     activation: str = ""
     layer: str = field(default="", repr=False)
     constant: bool = False  # whether it also reads a constant
+    bias: bool = False
 
     def call(self) -> KernelCall:
         inputs = tuple(node.shape for node in self.inputs)
@@ -75,9 +76,16 @@ def users(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
 
 
 def fold_batch_norms(nodes: list[Node]) -> list[Node]:
-    """Without the batch norms of layers that nothing else reads: they are in the weights."""
+    """Without the batch norms of layers that nothing else reads: they are in the weights, and in a bias, which is not zero once they were trained."""
     read_by = users(nodes)
-    return merge(nodes, lambda node: node.op == "BatchNormalization" and node.inputs[0].op in LAYERS and len(read_by[node.inputs[0]]) == 1)
+
+    def folds(node: Node) -> bool:
+        if node.op != "BatchNormalization" or node.inputs[0].op not in LAYERS or len(read_by[node.inputs[0]]) != 1:
+            return False
+        node.inputs[0].bias = True
+        return True
+
+    return merge(nodes, folds)
 
 
 def fuse_activations(nodes: list[Node]) -> list[Node]:
@@ -144,7 +152,7 @@ def _lower(operation: Operation, inputs: list[Node]) -> list[Node]:
     layered = kind in ("conv", "conv_transpose", "max_pool", "avg_pool")
     kernel, strides = (operation.kernel, operation.stride) if layered else ((), ())
     constant = bool(operation.values or operation.weight) and kind in ("add", "mul", "div", "sub", "rsub")
-    return [Node(name, inputs, shape, dtype, weights, kernel, strides, operation.groups, "", operation.layer, constant)]
+    return [Node(name, inputs, shape, dtype, weights, kernel, strides, operation.groups, "", operation.layer, constant, operation.bias)]
 
 
 def _silu(operation: Operation, inputs: list[Node]) -> list[Node]:

@@ -17,7 +17,7 @@ TOLERANCE = 1e-9
 class LatencyLimit:
     """At most `most_ms` end to end over each of `links`; with `probabilities` of the links, for a `share` of all requests.
 
-    `reply_bytes` is the frame of an answer, see `latency.reply_frame_bytes`.
+    `reply_bytes` is the frame of an answer, see `link.reply_frame_bytes`; `own` says that the one link is the device's, which latency is predicted for.
     """
 
     most_ms: float
@@ -25,6 +25,7 @@ class LatencyLimit:
     reply_bytes: int
     probabilities: tuple[float, ...] = ()
     share: float = 1.0
+    own: bool = False
 
     def of(self, measurement: Measurement) -> float:
         """The latency in ms that must not exceed `most_ms`: over the slowest link, or the quantile `share` over all.
@@ -69,9 +70,16 @@ class Limits:
             rates = objective.latency_rates_mbps or [target.link.rate_mbps]
             links = tuple(Link(rate, target.link.rtt_ms) for rate in rates)
             probabilities = tuple(objective.latency_probabilities)
-            latency = LatencyLimit(objective.max_latency_ms, links, reply_frame_bytes(classes), probabilities, objective.latency_share)
+            latency = LatencyLimit(
+                objective.max_latency_ms, links, reply_frame_bytes(classes), probabilities, objective.latency_share, not objective.latency_rates_mbps
+            )
         floor = reference_accuracy - objective.max_accuracy_drop
         return cls(floor, target.memory_mb, latency, objective.max_energy_mj, objective.max_bundle_mb)
+
+    @property
+    def budget_ms(self) -> float | None:
+        """The latency that a candidate may be predicted to take: that of a limit at the device's own link, which is what is predicted for."""
+        return self.latency.most_ms if self.latency and self.latency.own else None
 
     def violations(self, measurement: Measurement) -> dict[str, float]:
         """How far each limit is missed, at most 0 where it is kept: points of accuracy, all else as a fraction of what is allowed."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pipeline.errors import ParamsError
+from pipeline.params import Search
 from pipeline.search.candidate import Candidate
+from pipeline.search.ddpg import DdpgSearcher, DdpgSettings
+from pipeline.search.environment import Costing
 from pipeline.search.limits import Limits
 from pipeline.search.optuna import NsgaSearcher, TpeSearcher
 from pipeline.search.pareto import Trial
@@ -26,13 +28,13 @@ class Searcher(Protocol):
         """Take note of any trial, also one that was never asked for (a baseline, one kept from before a kill) or that failed."""
 
 
-def build_searcher(method: str, space: Space, limits: Limits, *, seed: int) -> Searcher:
-    """The searcher that `search.method` names.
+def build_searcher(settings: Search, space: Space, costing: Costing, limits: Limits, *, seed: int) -> Searcher:
+    """The searcher that `search.method` names; of them `ddpg` alone asks `costing`, and keeps a limit on latency at the device's own link by itself.
 
     Raises:
-        ParamsError: there is none of that name.
+        CoinferError: `ddpg` is to search a cut that the space does not have, or none of whose candidates is within the limit on latency.
     """
-    match method:
+    match settings.method:
         case "tpe":
             return TpeSearcher(space, limits, seed=seed)
         case "nsga2":
@@ -41,4 +43,7 @@ def build_searcher(method: str, space: Space, limits: Limits, *, seed: int) -> S
             return RandomSearcher(space, seed=seed)
         case "uniform":
             return UniformSearcher(space, seed=seed)
-    raise ParamsError(f"search.method is {method}, which this version does not have; choose tpe, nsga2, random or uniform.")
+        case "ddpg":
+            chosen = settings.ddpg
+            agent = DdpgSettings(chosen.cut, chosen.reward, tuple(chosen.reward_weights))
+            return DdpgSearcher(space, costing, limits, agent, seed=seed, trials=settings.trials, budget_ms=limits.budget_ms)

@@ -59,7 +59,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     space = evaluator.problem.space()
     for remark in evaluator.problem.remarks():
         print(f"search {device}: of {params.backbone.name}, {remark}", file=sys.stderr)
-    searcher = build_searcher(settings.method, space, limits, seed=params.run.seed)
+    searcher = build_searcher(settings, space, evaluator.costing, limits, seed=params.run.seed)
     raw_bytes = wire_bytes(evaluator.problem.example.numel() + OVERHEAD_BYTES)
     progress = Progress(limits, minimize, raw_bytes, len(space.baselines()))
     trials: list[Trial] = []
