@@ -55,7 +55,7 @@ class Problem:
     def measure(self, candidate: Candidate) -> Measurement:
         kept = self.kept(candidate)
         nothing = dict.fromkeys(("encode_ms", "link_ms", "decode_ms", "edge_ms", "payload_bits", "frame_bytes", "wire_bytes", "energy_mj"), 0.0)
-        sizes = {"device_macs": 1, "device_params": 1, "device_memory_mb": 0.5}
+        sizes = {"device_macs": 1, "device_params": 1, "device_memory_mb": 0.5, "bundle_mb": 0.5}
         return Measurement(accuracy=self.accuracy(kept), device_ms=self.bound_ms(candidate), total_ms=self.bound_ms(candidate), **nothing, **sizes)
 
     def reward(self, trial: Trial) -> float:

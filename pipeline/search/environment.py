@@ -65,11 +65,11 @@ def steps_at(space: Space, costing: Costing, cut: str) -> tuple[Step, ...]:
     """
     asked: list[tuple[str, Sequence[Any]]] = []
 
-    def first(name: str, values: Sequence[Any]) -> Any:
+    def last(name: str, values: Sequence[Any]) -> Any:
         asked.append((name, values))
-        return values[0]
+        return values[-1]  # a block kept, so that its groups are asked for too
 
-    space.suggest_at(cut, first)
+    space.suggest_at(cut, last)
     layers = costing.layers(cut)
     steps = []
     for number, (name, values) in enumerate(asked):
@@ -155,8 +155,9 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
             return None
         try:
             chosen = self.space.choices(candidate)
-            levels = tuple(step.values.index(chosen[step.name]) for step in self.steps[candidate.cut])
-        except (KeyError, ValueError):
+            # what goes with a dropped block is not asked for, and whole as far as an episode is concerned
+            levels = tuple(step.values.index(chosen.get(step.name, step.values[-1])) for step in self.steps[candidate.cut])
+        except ValueError:
             return None
         same = self.candidate(candidate.cut, levels) == candidate
         return levels if same and self._within(candidate.cut, levels) else None

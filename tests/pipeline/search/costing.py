@@ -49,4 +49,4 @@ def measurement(candidate: Candidate, costing: NastyCosting) -> Measurement:
     coded = 0.2 / (candidate.bits * candidate.code_channels / candidate.stride) if candidate.bits and candidate.code_channels and candidate.stride else 0.0
     total_ms = 20.0 if candidate.cut == INPUT else costing.bound_ms(candidate)
     parts = dict.fromkeys(("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "payload_bits", "frame_bytes", "wire_bytes", "energy_mj"), 0.0)
-    return Measurement(accuracy=0.95 - pruned - coded, total_ms=total_ms, device_macs=1, device_params=1, device_memory_mb=1.0, **parts)
+    return Measurement(accuracy=0.95 - pruned - coded, total_ms=total_ms, device_macs=1, device_params=1, device_memory_mb=1.0, bundle_mb=1.0, **parts)

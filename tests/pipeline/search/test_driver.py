@@ -6,9 +6,8 @@ import pytest
 from pipeline.errors import CoinferError
 from pipeline.search.driver import search
 from pipeline.search.executor import InProcess, Outcome
-from pipeline.search.searcher import build_searcher
 from tests.pipeline.search.fake_measures import fake_measure
-from tests.pipeline.search.fakes import LIMITS, SPACE, journal_in, run, trials_of
+from tests.pipeline.search.fakes import SPACE, journal_in, run, searcher_of, trials_of
 
 
 @pytest.mark.parametrize("cut_off", [1, 40, 900])
@@ -48,7 +47,7 @@ def test_a_line_of_the_journal_is_a_finished_trial(tmp_path):
 
 def test_two_searches_do_not_share_a_journal(tmp_path):
     options = {"journal_file": journal_in(tmp_path), "seed": 0, "trials": 2}
-    searcher = build_searcher("random", SPACE, LIMITS, seed=0)
+    searcher = searcher_of("random", seed=0)
     first = search(SPACE, searcher, InProcess(fake_measure), **options)
     next(first)
     with pytest.raises(CoinferError, match="another search is writing"):

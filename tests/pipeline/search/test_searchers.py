@@ -16,14 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ParamsError
 from pipeline.search.candidate import OUTPUT
 from pipeline.search.executor import evaluate
 from pipeline.search.pareto import OBJECTIVES, Trial
-from pipeline.search.searcher import build_searcher
 from pipeline.search.space import Space
 from tests.pipeline.search.fake_measures import fake_measure
-from tests.pipeline.search.fakes import LIMITS, METHODS, SPACE, journal_in, processes, run, trials_of
+from tests.pipeline.search.fakes import METHODS, SPACE, journal_in, processes, run, searcher_of, trials_of
 
 ROOT = Path(__file__).resolve().parents[3]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -145,12 +143,12 @@ def test_where_nothing_is_learnt_the_number_of_workers_changes_nothing(tmp_path,
 @every_method
 def test_a_fresh_searcher_told_the_same_trials_asks_the_same(tmp_path, method):
     """What resuming rests on; the last to be told is a repetition in some rounds and not in others."""
-    first, numbers = build_searcher(method, SPACE, LIMITS, seed=5), range(100, 103)
+    first, numbers = searcher_of(method, seed=5), range(100, 103)
     told = trials_of(tmp_path, method=method, seed=5, trials=40)
     for count in range(len(told)):
         first.tell(told[count])
         if count % 9 == 0 or told[count].duplicate_of is not None:
-            second = build_searcher(method, SPACE, LIMITS, seed=5)
+            second = searcher_of(method, seed=5)
             for trial in told[: count + 1]:
                 second.tell(trial)
             assert [first.ask(number) for number in numbers] == [second.ask(number) for number in numbers]
@@ -202,7 +200,7 @@ def test_what_learns_beats_chance_alone_and_in_parallel(tmp_path, method, worker
 
 @pytest.mark.parametrize("method", ["tpe", "nsga2"])
 def test_limits_reach_the_sampler_as_constraints(method):
-    searcher = build_searcher(method, SPACE, LIMITS, seed=0)
+    searcher = searcher_of(method, seed=0)
     searcher.tell(Trial(0, SPACE.baselines()[0], fake_measure(SPACE.baselines()[0], 0)))
     told = searcher.study.trials[-1]
     assert told.values == [getattr(fake_measure(SPACE.baselines()[0], 0), name) for name in OBJECTIVES]
@@ -211,14 +209,9 @@ def test_limits_reach_the_sampler_as_constraints(method):
 
 
 def test_uniform_keeps_one_fraction_everywhere():
-    searcher = build_searcher("uniform", SPACE, LIMITS, seed=1)
+    searcher = searcher_of("uniform", seed=1)
     found = [dict(searcher.ask(number).keep) for number in range(200)]
     assert all("block1" not in keep for keep in found), "it drops no block"
     assert {tuple(sorted(keep.items())) for keep in found if "block2.conv1" in keep or "stem" in keep} <= {
         tuple(sorted({"stem": 0.5, "block1.conv1": ratio, **more}.items())) for ratio in (0.25, 0.5) for more in ({}, {"block2.conv1": 0.5})
     }
-
-
-def test_a_method_that_is_not_there_is_one_sentence():
-    with pytest.raises(ParamsError, match=r"search\.method is guess, which this version does not have; choose tpe"):
-        build_searcher("guess", SPACE, LIMITS, seed=0)
