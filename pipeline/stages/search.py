@@ -118,7 +118,11 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
 
 
 def _study_key(params: Params, device: str) -> str:
-    """Names all that a trial's outcome depends on, so not how many there are nor what is chosen from them: more trials go on with the same study."""
+    """Names all that a trial's outcome depends on, so not how many there are nor what is chosen from them: more trials go on with the same study.
+
+    But for `ddpg`, whose exploration is planned for a number of trials.
+    """
+    trials = () if params.search.method == "ddpg" else ("trials",)
     paths = DevicePaths(device)
     supernet = sorted(paths.supernet.glob("*.safetensors"))
     inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile, *supernet)
@@ -126,7 +130,7 @@ def _study_key(params: Params, device: str) -> str:
         "run": [params.run.seed, threads_of(params)],
         "backbone": params.backbone.name,
         "device": [device, params.device(device).model_dump(include={"memory_mb", "link", "power"})],
-        "search": params.search.model_dump(exclude={"trials", "rescored", "executor", "workers", "ray_address"}),
+        "search": params.search.model_dump(exclude={"rescored", "executor", "workers", "ray_address", *trials}),
         "codec": params.codec.model_dump(),
         "limits": params.objective.model_dump(exclude={"minimize"}),
         "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},

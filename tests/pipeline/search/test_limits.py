@@ -74,8 +74,10 @@ def test_params_say_where_latency_must_hold(digits_fields: dict[str, Any]) -> No
         return Limits.of(parse_params(digits_fields | {"objective": digits_fields["objective"] | objective}), device, 0.95, 10)
 
     assert limits().latency is None
-    assert limits(max_latency_ms=50).latency == LatencyLimit(50, (Link(10, 1),), REPLY, (), 0.95)
+    assert limits(max_latency_ms=50).latency == LatencyLimit(50, (Link(10, 1),), REPLY, (), 0.95, own=True)
+    assert limits(max_latency_ms=50).budget_ms == 50
     found = limits(max_latency_ms=50, latency_rates_mbps=[0.1, 1], latency_probabilities=[0.2, 0.8], latency_share=0.9).latency
+    assert limits(max_latency_ms=50, latency_rates_mbps=[1]).budget_ms is None, "what is predicted is for another rate"
     assert found == LatencyLimit(50, (Link(0.1, 1), Link(1, 1)), REPLY, (0.2, 0.8), 0.9)
     assert (limits(max_energy_mj=3).energy_mj, limits(max_bundle_mb=2).bundle_mb) == (3, 2)
 

@@ -55,7 +55,7 @@ def test_a_kept_search_is_not_measured_again(tmp_path, method):
     assert run(tmp_path, method=method, trials=5) == run(tmp_path, method=method, trials=5, measure=refuse)
 
 
-@every_method
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "ddpg"])  # whose noise shrinks with the trials there are to be
 def test_more_trials_go_on_where_fewer_ended(tmp_path, method):
     fewer, more = run(tmp_path / "a", method=method, trials=8), run(tmp_path / "b", method=method, trials=16)
     assert [row["label"] for row in rows_of(fewer)] == [row["label"] for row in rows_of(more)][: len(rows_of(fewer))]
@@ -84,7 +84,7 @@ def test_trials_are_evaluations_beyond_the_baselines_and_none_is_made_twice(tmp_
     rows = rows_of(run(tmp_path, method=method, trials=20, measure=measure))
     assert len(seen) == len(set(seen)) == 3 + 20
     reused = [row for row in rows if row["state"] == "reused"]
-    assert reused or method in ("tpe", "nsga2"), "which look for what they were not told of"
+    assert reused or method in ("tpe", "nsga2", "ddpg"), "which look for what they were not told of"
     for row in reused:
         original = rows[int(row["duplicate_of"])]
         assert (row["label"], row["keep"], row["accuracy"], row["total_ms"]) == tuple(original[key] for key in ("label", "keep", "accuracy", "total_ms"))
