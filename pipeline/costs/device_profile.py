@@ -41,7 +41,7 @@ class DeviceProfile:
     """What one device and runtime took at a stated thread count: medians and quartiles, in ms, as measured.
 
     `nchwc_block` is the number of channels that the runtime's convolutions hold together there, 0 where layouts are plain; `channel_block` is the multiple to
-    which pruned widths are best rounded, since a convolution is no faster between two of them. `kernels` are single kernels by ONNX Runtime's own
+    which pruned widths are best rounded, since a convolution is hardly faster between two of them. `kernels` are single kernels by ONNX Runtime's own
     profile, `runs` whole calls of a session. `images` goes by image size, `networks` by `backbone_key`. `slowdown` is the factor by which every time that
     the methods give is multiplied to stand in for a slower device (METHODS 1), 1 being as measured; the fields themselves are without it.
     """

@@ -72,6 +72,18 @@ class RemoteBench:
         return found
 
     def _ask(self, message: Message) -> Message:
+        kept = self._connection is not None
+        try:
+            try:
+                return self._exchange(message)
+            except ConnectionError:
+                if not kept:
+                    raise
+                return self._exchange(message)  # while halves are exported the agent may have tired of waiting
+        except OSError as error:
+            raise ProfileError(f"no profile agent answers at {self.address} ({error}); start it there with `coinfer profile-agent --host 0.0.0.0`.") from error
+
+    def _exchange(self, message: Message) -> Message:
         try:
             if self._connection is None:
                 self._connection = socket.create_connection(self._to, CONNECT_TIMEOUT_S)
@@ -81,9 +93,6 @@ class RemoteBench:
             answer = receive(self._connection)
             if answer is None:
                 raise ConnectionResetError("it closed the connection")
-        except OSError as error:
-            self.close()
-            raise ProfileError(f"no profile agent answers at {self.address} ({error}); start it there with `coinfer profile-agent --host 0.0.0.0`.") from error
         except BaseException:
             self.close()  # whatever is still under way would be taken for the next reply
             raise

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -144,6 +145,14 @@ def test_a_client_that_leaves_in_the_middle_harms_nobody(agent):
         except ProfileError:
             continue
     pytest.fail("the agent waits for a client that left")
+
+
+def test_an_agent_that_tired_of_waiting_is_asked_again(agent, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.bench_server.SILENCE_S", 0.1)
+    with RemoteBench(agent()) as there:
+        for _ in range(2):
+            assert there.measure([CoderWork("encode", 64)], ONCE)[0].ms
+            time.sleep(0.5)
 
 
 def test_an_agent_that_answers_less_than_was_asked_is_not_believed(agent):
