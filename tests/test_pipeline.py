@@ -34,7 +34,7 @@ def quick(folder: Path, **sections: dict[str, Any]) -> Path:
     """Make the parameters in `folder` run in seconds, with further changes by `sections`."""
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["run"]["threads"] = 1
-    params["pretrain"]["epochs"] = params["finetune"]["epochs"] = 1
+    params["pretrain"]["epochs"] = params["finetune"]["epochs"] = params["supernet"]["epochs"] = 1
     params["search"] |= {"trials": 2, "codec_steps": 2, "train_images": 64, "images": {"webp": [100]}, "keep": [0.5, 1.0]}
     params["objective"] |= {"max_accuracy_drop": 0.9, "minimize": "wire_bytes"}
     params["evaluate"] |= {"latency_images": 2, "warmup_images": 0}

@@ -1,7 +1,8 @@
-"""Training a supernet: in every batch the widest, the narrowest and a random member, each taught by the trained backbone (arXiv 1903.05134)."""
+"""Training a supernet: the widest, the narrowest and a random member share every batch, taught by the trained backbone (arXiv 1903.05134)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ class Lesson(Classifier):
 
 
 class BodyLesson(Lesson):
-    """The whole network: in turns nothing silenced and all that the space can silence, and each time a random plan of a random one of `cuts`."""
+    """The whole network: for half of a batch nothing is silenced, or all that the space can silence, for the other half a random plan of one of `cuts`."""
 
     def __init__(self, problem: Problem, network: nn.Module, cuts: Sequence[str], settings: Settings) -> None:
         super().__init__(network, settings)
@@ -108,11 +109,14 @@ class BodyLesson(Lesson):
         torch.manual_seed(int(seed))
         extreme = ChannelPlan() if rng.random() < 0.5 else narrowest(self.problem, self.cuts[-1])
         plans = [extreme, random_plan(self.problem, self.cuts[int(rng.integers(len(self.cuts)))], rng)]
-        return torch.stack([_taught(pruned_output(self.network, plan, images), labels, known) for plan in plans]).mean()
+        losses = []
+        for plan, own in zip(plans, parts(len(labels), len(plans)), strict=False):
+            losses.append(_taught(pruned_output(self.network, plan, images[own]), labels[own], known[own]))
+        return torch.stack(losses).mean()
 
 
 class SplitLesson(Lesson):
-    """Codecs and edge half of a cut: the widest, the narrowest and a random one, behind the whole device half or one pruned at random.
+    """Codecs and edge half of a cut: the widest, the narrowest and a random one, for a third of a batch each, behind the whole device half or a pruned one.
 
     `head` is the device half that bears pruning, which stays as it is; None where nothing is pruned.
     """
@@ -120,7 +124,7 @@ class SplitLesson(Lesson):
     def __init__(self, problem: Problem, cut: str, network: SplitSupernet, head: nn.Module | None, settings: Settings) -> None:
         super().__init__(network, settings)
         self.problem, self.cut, self.members = problem, cut, network
-        self._head = (head.train(),) if head is not None else ()  # a tuple, so that torch does not train it along
+        self._head: tuple[nn.Module, ...] = (head.train(),) if head is not None else ()  # a tuple, so that torch does not train it along
         self.rates = [(network.codec, 1.0), (network.tail, BACKBONE_RATE)]
         widths = [spec.code_channels for spec in network.codec.specs]
         self.ends = [[spec for spec in network.codec.specs if spec.code_channels == width] for width in (max(widths), min(widths))]
@@ -129,20 +133,29 @@ class SplitLesson(Lesson):
         known, seed, feature = more
         rng = np.random.default_rng(int(seed))
         torch.manual_seed(int(seed))  # for dropout and noise
-        whole: tuple[Tensor, tuple[int, ...] | None] = feature, None
-        pruned = whole
+        plan = ChannelPlan()
         if self._head:
             plan = narrowest(self.problem, self.cut) if rng.random() < 0.25 else random_plan(self.problem, self.cut, rng)
-            channels = self.problem.feature_channels(self.cut, plan)
-            with torch.no_grad():
-                pruned = feature_of(pruned_output(self._head[0], plan, images), channels), channels
+        channels = self.problem.feature_channels(self.cut, plan)
         losses = []
-        for specs in (*self.ends, self.members.codec.specs):
+        members = (*self.ends, self.members.codec.specs)
+        for specs, own in zip(members, parts(len(labels), len(members)), strict=False):
+            spec, given = specs[int(rng.integers(len(specs)))], feature[own]
+            read: tuple[int, ...] | None = None
             # each behind either head: a width that only ever saw one of them fails behind the other
-            given, channels = (whole, pruned)[int(rng.integers(2))]
-            coded = self.members.codec.code(specs[int(rng.integers(len(specs)))], given, channels)
-            losses.append(_taught(self.members.tail(coded.decoded), labels, known) + coded.loss + FEATURE_WEIGHT * feature_loss(coded.decoded, feature))
+            if plan.kept and rng.random() < 0.5:
+                with torch.no_grad():
+                    given, read = feature_of(pruned_output(self._head[0], plan, images[own]), channels), channels
+            coded = self.members.codec.code(spec, given, read)
+            loss = _taught(self.members.tail(coded.decoded), labels[own], known[own])
+            losses.append(loss + coded.loss + FEATURE_WEIGHT * feature_loss(coded.decoded, feature[own]))
         return torch.stack(losses).mean()
+
+
+def parts(count: int, members: int) -> list[slice]:
+    """A batch of `count` images shared out among `members`, fewer where there would be less than two images for each: as many steps, a fraction of the work."""
+    ends = np.linspace(0, count, max(1, min(members, count // 2)) + 1).astype(int)
+    return [slice(int(first), int(last)) for first, last in itertools.pairwise(ends)]
 
 
 def _taught(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
