@@ -32,7 +32,7 @@ CUT = "block1"
 WHOLE = Candidate(CUT, (), code_channels=8, stride=2, bits=3)
 PRUNED = replace(WHOLE, keep=(("block1", 0.5), ("stem.2", 0.5)))
 OUTPUT = Candidate("output", (("block1", 0.5), ("block2", 0.5)))
-SETTINGS = Settings(epochs=8, batch_size=32, learning_rate=0.01, precision="fp32")
+SETTINGS = Settings(epochs=16, batch_size=40, learning_rate=0.01, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_what_is_written_is_read_again(supernet, tmp_path, evaluator, module_par
 def test_other_codecs_share_weights_too(trained, module_params, kind):
     codec = Codec(kind=kind)
     problem = problem_of(trained, module_params, codec, rate_weights=[0.0, 0.01], code_channels=[4], strides=[2], bits=[2, 3])
-    supernet = train(problem, SETTINGS.model_copy(update={"epochs": 4}))
+    supernet = train(problem, SETTINGS.model_copy(update={"epochs": 10}))
     evaluator = Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(problem.cuts), 0, supernet)
     points = ((4, 4), (2, 3), (1, 2)) if kind == "multi-rate" else ()
     bits = 8 if kind == "multi-rate" else 3
