@@ -19,6 +19,7 @@ _BOUNDS = (nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_")
 _POOLS = (nn.AvgPool2d, F.avg_pool2d)
 _JOINS = (operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul", torch.cat, torch.concat)
 LEVELS = 255
+WEIGHT_TOP = 64  # of 7 bits
 
 
 class Grid(nn.Module):
@@ -71,9 +72,9 @@ def integer_half(half: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     for node in layers[:-1]:
         layer = _called(traced, node)
         assert isinstance(layer, _LAYERS)
-        scale = (layer.weight.abs().flatten(1).amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = (layer.weight.abs().flatten(1).amax(1) / WEIGHT_TOP).clamp_min(torch.finfo(torch.float32).tiny)
         zero = torch.zeros(len(scale), dtype=torch.int32)
-        layer.weight.copy_(torch.fake_quantize_per_channel_affine(layer.weight, scale, zero, 0, -127, 127))
+        layer.weight.copy_(torch.fake_quantize_per_channel_affine(layer.weight, scale, zero, 0, -WEIGHT_TOP, WEIGHT_TOP))
         grid = _called(traced, node.all_input_nodes[0])
         if layer.bias is not None and isinstance(grid, Grid) and grid.scale:
             layer.bias.copy_(torch.round(layer.bias / (scale * grid.scale)) * scale * grid.scale)

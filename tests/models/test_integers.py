@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,7 @@ from models.integers import integer_half
 from pipeline.errors import ModelError
 from pipeline.onnx_export import export_onnx
 from pipeline.quantising import quantise
-
-
-def as_written(model: bytes, images: Tensor) -> np.ndarray:
-    """What a quantised model says, node by node: integer kernels of processors without 8-bit dot products saturate, and give something else."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    found: np.ndarray = onnxruntime.InferenceSession(model, options).run(["symbols"], {"image": images.numpy()})[0]
-    return found
+from pipeline.runtime.bundle import open_session
 
 
 @pytest.mark.parametrize(("name", "place"), [("resnet20", 4), ("mobilenet_v2", 4), ("densenet121", 2)])
@@ -40,7 +32,8 @@ def test_symbols_are_those_of_the_quantised_onnx_half(name: str, place: int) -> 
         mine = network.symbol_codec().quantise(rounded(images)).numpy()
         fp32 = network.device_half()(images).numpy()
     half = export_onnx(network.device_half(), example, input_name="image", output_name="symbols")
-    real = as_written(quantise(half, (batch.numpy() for batch in calibration.split(8))), images)
+    session = open_session(quantise(half, (batch.numpy() for batch in calibration.split(8))), 1)
+    real = session.run(["symbols"], {"image": images.numpy()})[0]
     # one value that lies between two levels and is rounded the other way moves all that depends on it a little
     assert (mine == real).mean() > 0.9
     assert np.abs(mine.astype(int) - real).max() <= 1
