@@ -137,7 +137,7 @@ class Supernet(Section):
 class Ddpg(Section):
     cut: str | None = Field(None, description="the cut that is searched; null = all, those that do best for longer")
     reward: Literal["linear", "log"] = Field("linear", description="accuracy - weight x latency / device-only's, or -error x ln(1 + that ratio)")
-    reward_weights: list[NonNegative] = Field([0.03, 0.1, 0.3], min_length=1, description="of latency in reward `linear`; several, in turn, trace a front")
+    reward_weights: list[NonNegative] = Field([], description="of latency in reward `linear`; several, in turn, trace a front; none = 0.03, 0.1 and 0.3")
 
     @model_validator(mode="after")
     def _weighted(self) -> Self:
@@ -165,16 +165,14 @@ class Search(Section):
     learning_rate: Positive = Field(0.01, description="of a trial's training")
     validation_images: Count | None = Field(None, description="validation images that trials are judged by, drawn once; null = all")
     rescored: int = Field(4, ge=0, description="best trials of a supernet that are trained and measured again, from which the choice is made; 0 = none")
-    cuts: Literal["blocks", "all"] = Field(
-        "blocks", description="where to cut: after each block, or wherever a single tensor crosses"
-    )
+    cuts: Literal["blocks", "all"] = Field("blocks", description="where to cut: after each block, or wherever a single tensor crosses")
     keep: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         min_length=1, description="kept fractions of each group of channels that can only be pruned together; 0 drops blocks with a shortcut"
     )
     code_channels: list[Count] = Field(min_length=1, description="channels of the code")
     strides: list[Literal[1, 2, 4, 8]] = Field(min_length=1, description="spatial strides of the encoder")
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field(min_length=1, description="bits a symbol")
-    precision: list[Literal["fp32", "int8"]] = Field(["fp32"], min_length=1, description="of the device half of a split; times are predicted for fp32")
+    precision: list[Literal["fp32", "int8"]] = Field(["fp32"], min_length=1, description="of the device half of a split")
     rate_weights: list[NonNegative] = Field([1e-4, 1e-3], min_length=1, description="codec `rate`: loss per coded bit of an image")
     images: dict[Format, list[Annotated[int, Field(ge=1, le=100)]]] = Field(
         min_length=1, description="edge-only baselines, `FORMAT: [QUALITY, ...]`; formats webp, jpeg, jpeg-bare and png; 100 = lossless"

@@ -41,6 +41,7 @@ class DevicePaths:
         self.chosen = self.root / "search" / "chosen.json"
         self.progress = self.root / "search" / "progress.csv"
         self.importances = self.root / "search" / "importances.csv"
+        self.learning = self.root / "search" / "learning.csv"
         self.split_weights = self.root / "finetune" / "split.safetensors"
         self.split_spec = self.root / "finetune" / "split.json"
         self.reference_weights = self.root / "finetune" / "reference.safetensors"

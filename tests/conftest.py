@@ -87,7 +87,7 @@ def digits_fields() -> dict[str, Any]:
     fields["evaluate"] |= {"latency_images": 5, "warmup_images": 1}
     fields["backbone"]["name"] = "tests.tiny:tiny_backbone"
     for device in fields["devices"].values():
-        device |= {"profile": "measure", "edge_profile": "measure", "slowdown": 1}
+        device |= {"profile": "measure", "edge_profile": "measure", "slowdown": 1, "memory_mb": 64}
         device["link"] |= {"rate_mbps": 10, "rtt_ms": 1}
     return fields
 

@@ -209,8 +209,8 @@ def weight_bytes(network: nn.Module, precision: Precision = "fp32") -> int:
 
 
 @torch.no_grad()
-def memory_bytes(network: nn.Module, example: Tensor) -> int:
-    """fp32 weights and the largest tensor that enters or leaves a layer, for one image."""
+def memory_bytes(network: nn.Module, example: Tensor, precision: Precision = "fp32") -> int:
+    """Weights and the largest tensor that enters or leaves a layer, for one image."""
     largest = 0
 
     def see(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -224,4 +224,4 @@ def memory_bytes(network: nn.Module, example: Tensor) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    return 4 * (parameters(network) + largest)
+    return weight_bytes(network, precision) + 4 * largest

@@ -39,6 +39,7 @@ from pipeline.search.limits import Limits
 from pipeline.search.pareto import Trial
 from pipeline.search.space import Space
 
+REWARD_WEIGHTS = (0.03, 0.1, 0.3)
 TRIES = 8  # at a candidate not told before
 
 
@@ -128,7 +129,7 @@ class DdpgSearcher:
     def __init__(self, space: Space, costing: Costing, limits: Limits, settings: DdpgSettings, *, seed: int, trials: int, budget_ms: float | None) -> None:
         cuts = [*space.codes, OUTPUT]
         if settings.cut is not None and settings.cut not in cuts:
-            raise ParamsError(f"the search is to be at cut {settings.cut}, which the space does not have; it has {', '.join(cuts)}.")
+            raise ParamsError(f"search.ddpg.cut is {settings.cut}, which the space does not have; it has {', '.join(cuts)}.")
         self.environment = Compression(space, costing, [settings.cut] if settings.cut else cuts, budget_ms)
         self.limits, self.settings, self.seed, self.trials = limits, settings, seed, trials
         self.history: list[dict[str, Any]] = []
@@ -208,7 +209,7 @@ class DdpgSearcher:
         tops = [max(best) for best in zip(*self._best.values(), strict=True)]
 
         def behind(cut: str) -> float:
-            return min(top - mine for top, mine in zip(tops, self._best[cut], strict=True)) if cut in self._best else 0.0
+            return min(top - mine if mine > -math.inf else math.inf for top, mine in zip(tops, self._best[cut], strict=True)) if cut in self._best else 0.0
 
         ranked = sorted(cuts, key=behind)
         kept = set(ranked[: math.ceil(len(cuts) / 2**done)]) | {cut for cut in cuts if behind(cut) <= 0}
@@ -230,9 +231,9 @@ class DdpgSearcher:
 
     def _remember(self, episode: Episode) -> None:
         self._replay.append(episode)
-        if episode.rewards is not None:
-            known = self._best.get(episode.cut, episode.rewards)
-            self._best[episode.cut] = tuple(map(max, known, episode.rewards))
+        # a cut where all fails must not stay the most promising one
+        rewards = episode.rewards or (-math.inf,) * len(self.settings.reward_weights)
+        self._best[episode.cut] = tuple(map(max, self._best.get(episode.cut, rewards), rewards))
         if len(self._replay) > self.settings.replay_episodes:
             elites = {number for numbers in self._elites().values() for number in numbers}
             del self._replay[next((number for number in range(len(self._replay)) if number not in elites), 0)]

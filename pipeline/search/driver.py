@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.search.candidate import Candidate
 from pipeline.search.executor import Executor, Job, Outcome
 from pipeline.search.journal import Journal, journal
-from pipeline.search.pareto import Trial, not_finite
+from pipeline.search.pareto import Trial
 from pipeline.search.searcher import Searcher
 from pipeline.search.space import Space
 
@@ -99,10 +99,7 @@ class _Search:
 
     def _finish(self, outcome: Outcome) -> Iterator[Trial]:
         candidate = self.flying.pop(outcome.number).candidate
-        failure = outcome.failure
-        if outcome.measurement is not None and (wrong := not_finite(outcome.measurement)):
-            failure = f"{', '.join(wrong)} came out as no finite number"
-        trial = Trial(outcome.number, candidate, None if failure else outcome.measurement, failure=failure)
+        trial = Trial(outcome.number, candidate, outcome.measurement, failure=outcome.failure)
         yield self._done(trial)
         for number in self.waiting.pop(candidate, ()):
             yield self._done(_repeated(number, trial))

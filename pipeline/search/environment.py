@@ -122,8 +122,9 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
         if not self.cuts:
             least = min(self.steps, key=lambda cut: self._bound(cut, self.cheapest[cut]))
             raise CoinferError(
-                f"no candidate meets the latency budget of {budget_ms:g} ms; the cheapest found is {self.candidate(least, self.cheapest[least]).label()} "
-                f"with {self._bound(least, self.cheapest[least]):.3g} ms: raise the budget or allow stronger pruning."
+                f"no split or device-only candidate surely meets the latency budget of {budget_ms:g} ms, its code taken as large as uncoded; "
+                f"the cheapest found is {self.candidate(least, self.cheapest[least]).label()} "
+                f"with {self._bound(least, self.cheapest[least]):.3g} ms: raise the budget, allow stronger pruning, or choose another search.method."
             )
         names = list(dict.fromkeys(step.name for cut in self.cuts for step in self.steps[cut]))
         self._names = len(names)

@@ -41,7 +41,7 @@ class Evaluator:
         self.training = TrialTraining(problem, train, seed)
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
         self.costing = Costing(problem, deployment, self.training.teacher_logits.shape[1])
-        self.reference_accuracy = accuracy(problem.backbone, validation)
+        self.reference_accuracy = accuracy(problem.backbone, self.validation)
 
     def measure(self, candidate: Candidate, trial_seed: int) -> Measurement:
         """Accuracy, sizes and costs of `candidate`: a pure function of it and `trial_seed`.
@@ -124,7 +124,9 @@ class Evaluator:
         on_device = network.device_half() if coded else nn.Sequential(network.head, codec.encode).eval()
         on_edge = nn.Sequential(codec.decode, network.tail)
         bundle_bytes = weight_bytes(on_device, candidate.precision) + weight_bytes(on_edge) + weight_bytes(self.problem.backbone)
-        return self.costing.measurement(candidate, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example), bundle_bytes)
+        return self.costing.measurement(
+            candidate, right, payloads, parameters(on_device), memory_bytes(on_device, self.problem.example, candidate.precision), bundle_bytes
+        )
 
     def _through_coder(self, network: CoInference, candidate: Candidate) -> tuple[float, list[int]]:
         """Accuracy on validation by what the edge makes of integer symbols, and the coded bytes of some of its images."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import CoinferError, ModelError
 from pipeline.search.candidate import Candidate, Measurement
+from pipeline.search.pareto import not_finite
 
 Measure = Callable[[Candidate, int], Measurement]  # (candidate, trial seed) -> what it is worth
 ATTEMPTS = 2
@@ -55,19 +57,23 @@ class Outcome:
 
 
 def evaluate(measure: Measure, job: Job) -> Outcome:
-    """What `measure` makes of `job`; ModelError, ValueError, ArithmeticError and RuntimeError are failures of the trial.
+    """What `measure` makes of `job`; ModelError, ValueError, ArithmeticError, RuntimeError and numbers that are not finite are failures of the trial.
 
     Raises:
         CoinferError: memory ran out, which is no result of the trial: another day it may pass.
     """
     try:
-        return Outcome(job.number, measure(job.candidate, job.seed))
-    except (ModelError, ValueError, ArithmeticError, RuntimeError) as error:
-        if "memory" in str(error) and not isinstance(error, ModelError):  # torch has no class of its own for this
+        measured = measure(job.candidate, job.seed)
+    except (ModelError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        # torch has no class of its own for it
+        if isinstance(error, MemoryError) or (not isinstance(error, ModelError) and re.search("out of memory|allocate", str(error))):
             raise CoinferError(
                 f"trial {job.number} ran out of memory ({one_line(error)}); earlier trials are kept, free some or take fewer workers and run again."
             ) from error
         return Outcome(job.number, failure=one_line(error))
+    if wrong := not_finite(measured):
+        return Outcome(job.number, failure=f"{', '.join(wrong)} came out as no finite number")
+    return Outcome(job.number, measured)
 
 
 def one_line(error: BaseException) -> str:
@@ -170,6 +176,7 @@ class Pool:
                     raise CoinferError(f"no worker of the search started within {START_TIMEOUT_S:.0f} s; take fewer, or look at what else this machine runs.")
                 continue
             outcome = self._heard(*received)
+            deadline = time.monotonic() + START_TIMEOUT_S  # a replacement has its own time to start
             self._dispatch()
             if outcome is not None:
                 return outcome

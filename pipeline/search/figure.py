@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -69,6 +70,22 @@ def hypervolume_figure(points: Sequence[Point], device: str, method: str) -> Fig
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{device}: {method}", fontsize="medium")
+    return figure
+
+
+def learning_figure(history: Sequence[Mapping[str, Any]], device: str) -> Figure:
+    """Reward of each trial that an agent learned from, coloured by the latency's weight in it, with the noise it explored with below."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for weight in sorted({row["weight"] for row in history}):
+        rows = [row for row in history if row["weight"] == weight and row["reward"] is not None]
+        above.plot([row["number"] for row in rows], [row["reward"] for row in rows], ".", label=f"latency's weight {weight:g}")
+    above.set_ylabel("reward")
+    above.legend()
+    below.plot([row["number"] for row in history], [float("nan") if row["sigma"] is None else row["sigma"] for row in history], color="black")
+    below.set_ylabel("sigma")
+    below.set_xlabel("trial")
+    above.set_title(f"{device}: ddpg", fontsize="medium")
     return figure
 
 

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import CoinferError, ParamsError
@@ -58,7 +58,8 @@ class Journal:
             raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written was said by `append`
+            self._file.close()
 
 
 @contextmanager

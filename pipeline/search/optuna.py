@@ -12,7 +12,7 @@ from optuna.trial import TrialState, create_trial
 
 from pipeline.search.candidate import Candidate
 from pipeline.search.limits import Limits
-from pipeline.search.pareto import OBJECTIVES, Trial
+from pipeline.search.pareto import Trial, objectives
 from pipeline.search.simple import random_pick
 from pipeline.search.space import Space
 
@@ -24,10 +24,11 @@ TRIES, NEIGHBOURS, NEIGHBOURS_EACH = 3, 100, 10  # to find a candidate not told 
 class _Study:
     """A study in memory, and a way out for a sampler that proposes what was told already: ask it again, in the end take a neighbour."""
 
-    def __init__(self, space: Space, limits: Limits, *, seed: int) -> None:
+    def __init__(self, space: Space, limits: Limits, minimize: str, *, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space, self.limits, self.seed = space, limits, seed
-        self.study = optuna.create_study(directions=list(OBJECTIVES.values()))
+        self.objectives = objectives(minimize)
+        self.study = optuna.create_study(directions=list(self.objectives.values()))
         self._told: set[Candidate] = set()
 
     def ask(self, number: int) -> Candidate:
@@ -44,7 +45,7 @@ class _Study:
         self._told.add(trial.candidate)
         if trial.duplicate_of is None and trial.measurement is not None and trial.candidate.cut in self.space.cuts:
             constraints = self.limits.violations(trial.measurement)
-            self._add(trial, [getattr(trial.measurement, name) for name in OBJECTIVES], constraints)
+            self._add(trial, [getattr(trial.measurement, name) for name in self.objectives], constraints)
 
     def _neighbour(self, candidate: Candidate, number: int) -> Candidate:
         """One that was not told, by drawing parameters of `candidate` at random: first one, then ever more; if there is none, the last that was drawn."""
@@ -111,8 +112,8 @@ class NsgaSearcher(_Study):
     whatever is in flight.
     """
 
-    def __init__(self, space: Space, limits: Limits, *, seed: int) -> None:
-        super().__init__(space, limits, seed=seed)
+    def __init__(self, space: Space, limits: Limits, minimize: str, *, seed: int) -> None:
+        super().__init__(space, limits, minimize, seed=seed)
         names = {"cut": None}  # a dict for its order
         for cut in space.cuts:
             names |= {f"keep {name}": None for name in space.keep(cut)}

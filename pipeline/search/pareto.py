@@ -35,9 +35,14 @@ class Trial:
     rescores: int | None = None
 
 
-def costs(measurement: Measurement) -> tuple[float, ...]:
+def objectives(minimize: str) -> Mapping[str, Literal["maximize", "minimize"]]:
+    """What candidates are compared by: `OBJECTIVES`, and what `objective.minimize` names if it is none of these."""
+    return {**OBJECTIVES, MEASURED[minimize]: "minimize"}
+
+
+def costs(measurement: Measurement, axes: Mapping[str, Literal["maximize", "minimize"]] = OBJECTIVES) -> tuple[float, ...]:
     """The objectives as numbers to make small: error up to a constant, ms, bytes."""
-    return tuple(-getattr(measurement, name) if direction == "maximize" else getattr(measurement, name) for name, direction in OBJECTIVES.items())
+    return tuple(-getattr(measurement, name) if direction == "maximize" else getattr(measurement, name) for name, direction in axes.items())
 
 
 def feasible(trials: Sequence[Trial], limits: Limits) -> list[Trial]:
@@ -46,9 +51,13 @@ def feasible(trials: Sequence[Trial], limits: Limits) -> list[Trial]:
     return [t for t in trials if t.duplicate_of is None and t.number not in outdated and t.measurement is not None and limits.allow(t.measurement)]
 
 
-def non_dominated(trials: Sequence[Trial]) -> list[Trial]:
-    """Those of the measured `trials` that no other beats on one objective without losing on another; of equals the first stays."""
-    points = [(trial, costs(trial.measurement)) for trial in trials if trial.measurement is not None]
+def non_dominated(trials: Sequence[Trial], minimize: str = "latency_ms") -> list[Trial]:
+    """Those of the measured `trials` that no other beats on one objective without losing on another; of equals the first stays.
+
+    The objectives are `objectives(minimize)`.
+    """
+    axes = objectives(minimize)
+    points = [(trial, costs(trial.measurement, axes)) for trial in trials if trial.measurement is not None]
     kept = []
     for trial, mine in points:
         beaten = (all(a <= b for a, b in zip(other, mine, strict=True)) and (other != mine or rival.number < trial.number) for rival, other in points)
@@ -73,7 +82,7 @@ def choose(trials: Sequence[Trial], limits: Limits, minimize: str) -> Trial:
     Raises:
         CoinferError: nothing is feasible; names the binding limits and the nearest candidates.
     """
-    pareto = non_dominated(feasible(trials, limits))
+    pareto = non_dominated(feasible(trials, limits), minimize)
     if pareto:
         return cheapest(pareto, minimize)
     measured = [trial for trial in trials if trial.measurement is not None]

@@ -45,7 +45,9 @@ class ProcessFleet:
         return worker
 
     def send(self, worker: int, line: str) -> None:
-        pipe = self._processes[worker].stdin
+        if (process := self._processes.get(worker)) is None:
+            return  # it died, which `receive` tells next
+        pipe = process.stdin
         assert pipe is not None
         with contextlib.suppress(BrokenPipeError):  # it died, which `receive` tells
             pipe.write(line.encode() + b"\n")

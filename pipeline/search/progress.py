@@ -6,10 +6,10 @@ import io
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from csv import DictWriter
 from dataclasses import asdict, dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -79,6 +79,15 @@ def progress_csv(points: Iterable[Point]) -> str:
     writer = DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in asdict(point).items()} for point in points)
+    return text.getvalue()
+
+
+def learning_csv(history: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each trial that an agent learned from, no reward where it failed, no sigma while it warmed up; none at all where nothing learns."""
+    text = io.StringIO()
+    writer = DictWriter(text, ["number", "cut", "weight", "reward", "sigma"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in history)
     return text.getvalue()
 
 

@@ -17,7 +17,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class RayFleet:
-    """A `Fleet` of actors of one CPU each on the cluster at `address` (HOST:PORT), in a folder of the same path as this one.
+    """A `Fleet` of actors of as many CPUs as threads on the cluster at `address` (HOST:PORT), in a folder of the same path as this one.
 
     Raises:
         CoinferError: ray is not installed, or no cluster answers at `address`.
@@ -41,7 +41,7 @@ class RayFleet:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CoinferError(f"no Ray cluster can be used at search.ray_address {address} ({reason}); start one there, or correct the address.") from None
         # Ray restarts nothing by itself: what died, and what it was doing, is for the pool to know.
-        self._actor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(_Actor)
+        self._actor = ray.remote(num_cpus=setup.threads, max_restarts=0, max_task_retries=0)(_Actor)
         self._setup = setup.to_json()
         self._actors: dict[int, Any] = {}
         self._replies: dict[Any, int] = {}
@@ -63,7 +63,8 @@ class RayFleet:
         worker = self._replies.pop(done[0])
         try:
             line: str = self._ray.get(done[0])
-        except self._ray.exceptions.RayError:  # of its process, its machine or its memory; an exception it would have answered with
+        except self._ray.exceptions.RayError as error:  # of its process, its machine or its memory; an exception it would have answered with
+            print(f"a worker on the Ray cluster died: {next(iter(str(error).splitlines()), error)}", file=sys.stderr)
             self._ray.kill(self._actors.pop(worker))
             return worker, None
         return worker, line

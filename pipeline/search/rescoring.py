@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import CoinferError, ModelError
+from pipeline.errors import CoinferError
 from pipeline.files import atomic_write_json, read_json
 from pipeline.search.candidate import Candidate, Measurement
+from pipeline.search.executor import Job, Measure, evaluate
 from pipeline.search.limits import Limits
-from pipeline.search.pareto import MEASURED, Trial, choose, feasible, non_dominated, not_finite
+from pipeline.search.pareto import MEASURED, Trial, choose, feasible, non_dominated
 
 PATIENCE = 2  # times the number of candidates to rescore, until one is within the limits
-
-Measure = Callable[[Candidate, int], Measurement]
 
 
 def rescored(
@@ -28,7 +27,7 @@ def rescored(
     is a file that remembers them, so that an interrupted search does not measure them twice.
 
     Raises:
-        CoinferError: `kept` cannot be read or written.
+        CoinferError: `kept` cannot be read or written, or memory ran out.
     """
     known = read_json(kept, "the rescored trials") if kept.exists() else {}
     found: list[Trial] = []
@@ -37,7 +36,7 @@ def rescored(
             return
         key = trial.candidate.to_json()
         if key not in known:
-            known[key] = _measured(trial.candidate, measure, int(np.random.SeedSequence([seed, trial.number, 1]).generate_state(1)[0]))
+            known[key] = _measured(trial, measure, int(np.random.SeedSequence([seed, trial.number, 1]).generate_state(1)[0]))
             atomic_write_json(kept, known)
         measurement, failure = known[key]["measurement"], known[key]["failure"]
         again = Measurement(**measurement) if measurement is not None else None
@@ -68,7 +67,7 @@ def choose_settled(trials: Sequence[Trial], limits: Limits, minimize: str, is_es
 
 def _best(trials: Sequence[Trial], limits: Limits, minimize: str, is_estimate: Callable[[Candidate], bool]) -> list[Trial]:
     """What to rescore, the most promising first."""
-    front = sorted(non_dominated(feasible(trials, limits)), key=lambda trial: (getattr(trial.measurement, MEASURED[minimize]), trial.number))
+    front = sorted(non_dominated(feasible(trials, limits), minimize), key=lambda trial: (getattr(trial.measurement, MEASURED[minimize]), trial.number))
     settled = [place for place, trial in enumerate(front) if not is_estimate(trial.candidate)]
     if good := front[: settled[0]] if settled else front:
         return good
@@ -83,11 +82,6 @@ def _best(trials: Sequence[Trial], limits: Limits, minimize: str, is_estimate: C
     return sorted(guesses, key=lambda trial: (missed(trial), trial.number))
 
 
-def _measured(candidate: Candidate, measure: Measure, seed: int) -> dict[str, object]:
-    try:
-        measurement = measure(candidate, seed)
-    except (ModelError, ValueError, ArithmeticError, RuntimeError) as error:
-        return {"measurement": None, "failure": " ".join(str(error).split()) or type(error).__name__}
-    if wrong := not_finite(measurement):
-        return {"measurement": None, "failure": f"{', '.join(wrong)} came out as no finite number"}
-    return {"measurement": measurement.to_dict(), "failure": None}
+def _measured(trial: Trial, measure: Measure, seed: int) -> dict[str, object]:
+    outcome = evaluate(measure, Job(trial.number, trial.candidate, seed))
+    return {"measurement": None if outcome.measurement is None else outcome.measurement.to_dict(), "failure": outcome.failure}

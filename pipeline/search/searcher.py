@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pipeline.params import Search
 from pipeline.search.candidate import Candidate
-from pipeline.search.ddpg import DdpgSearcher, DdpgSettings
+from pipeline.search.ddpg import REWARD_WEIGHTS, DdpgSearcher, DdpgSettings
 from pipeline.search.environment import Costing
 from pipeline.search.limits import Limits
 from pipeline.search.optuna import NsgaSearcher, TpeSearcher
@@ -28,22 +28,25 @@ class Searcher(Protocol):
         """Take note of any trial, also one that was never asked for (a baseline, one kept from before a kill) or that failed."""
 
 
-def build_searcher(settings: Search, space: Space, costing: Costing, limits: Limits, *, seed: int) -> Searcher:
-    """The searcher that `search.method` names; of them `ddpg` alone asks `costing`, and keeps a limit on latency at the device's own link by itself.
+def build_searcher(settings: Search, space: Space, costing: Costing, limits: Limits, minimize: str, *, seed: int) -> Searcher:
+    """The searcher that `search.method` names, for `objective.minimize`.
+
+    Of them `ddpg` alone asks `costing`, and keeps a limit on latency at the device's own link by itself.
 
     Raises:
         CoinferError: `ddpg` is to search a cut that the space does not have, or none of whose candidates is within the limit on latency.
     """
     match settings.method:
         case "tpe":
-            return TpeSearcher(space, limits, seed=seed)
+            return TpeSearcher(space, limits, minimize, seed=seed)
         case "nsga2":
-            return NsgaSearcher(space, limits, seed=seed)
+            return NsgaSearcher(space, limits, minimize, seed=seed)
         case "random":
             return RandomSearcher(space, seed=seed)
         case "uniform":
             return UniformSearcher(space, seed=seed)
         case "ddpg":
             chosen = settings.ddpg
-            agent = DdpgSettings(chosen.cut, chosen.reward, tuple(chosen.reward_weights))
+            weights = chosen.reward_weights or (REWARD_WEIGHTS if chosen.reward == "linear" else REWARD_WEIGHTS[:1])
+            agent = DdpgSettings(chosen.cut, chosen.reward, tuple(weights))
             return DdpgSearcher(space, costing, limits, agent, seed=seed, trials=settings.trials, budget_ms=limits.budget_ms)

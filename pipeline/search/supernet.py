@@ -56,6 +56,8 @@ class Supernet:
         Raises:
             CoinferError: a file is missing, damaged, or of another space or backbone.
         """
+        if not folder.is_dir():
+            raise CoinferError(f"{folder} is missing; run `dvc repro` to make it.")
         if not any(folder.glob("*.safetensors")):
             return None
         splits = {cut: SplitSupernet(problem, cut) for cut in problem.space().codes if problem.specs(cut)}

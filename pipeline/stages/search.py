@@ -18,12 +18,13 @@ from pipeline.params import Params
 from pipeline.paths import BACKBONE_WEIGHTS, DATA_CARD, STUDIES, DevicePaths
 from pipeline.runtime.frame import OVERHEAD_BYTES
 from pipeline.search.build import build_evaluator, build_executor, threads_of
+from pipeline.search.ddpg import DdpgSearcher
 from pipeline.search.driver import search
-from pipeline.search.figure import hypervolume_figure, importance_figure, pareto_figure
+from pipeline.search.figure import hypervolume_figure, importance_figure, learning_figure, pareto_figure
 from pipeline.search.importances import importances, importances_csv
 from pipeline.search.limits import Limits
-from pipeline.search.pareto import OBJECTIVES, Trial, baselines, feasible, non_dominated, point, trials_csv
-from pipeline.search.progress import LiveTable, Progress, progress_csv
+from pipeline.search.pareto import Trial, baselines, feasible, non_dominated, objectives, point, trials_csv
+from pipeline.search.progress import LiveTable, Progress, learning_csv, progress_csv
 from pipeline.search.rescoring import choose_settled, rescored
 from pipeline.search.searcher import build_searcher
 
@@ -44,7 +45,7 @@ CODE = (
 
 
 def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
-    """Write trials.csv, pareto.json, chosen.json, progress.csv and importances.csv of `device` and return what chosen.json holds.
+    """Write trials.csv, pareto.json, chosen.json, progress.csv, importances.csv and learning.csv of `device` and return what chosen.json holds.
 
     Raises:
         CoinferError: an input is missing, a baseline failed, or no candidate is within the limits.
@@ -59,7 +60,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     space = evaluator.problem.space()
     for remark in evaluator.problem.remarks():
         print(f"search {device}: of {params.backbone.name}, {remark}", file=sys.stderr)
-    searcher = build_searcher(settings, space, evaluator.costing, limits, seed=params.run.seed)
+    searcher = build_searcher(settings, space, evaluator.costing, limits, minimize, seed=params.run.seed)
     raw_bytes = wire_bytes(evaluator.problem.example.numel() + OVERHEAD_BYTES)
     progress = Progress(limits, minimize, raw_bytes, len(space.baselines()))
     trials: list[Trial] = []
@@ -86,7 +87,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
             f"{chosen.measurement.accuracy:.4f} and is chosen, since fine-tuning is still to come.",
             file=sys.stderr,
         )
-    front = non_dominated(feasible(trials, limits))
+    front = non_dominated(feasible(trials, limits), minimize)
     if chosen not in front:  # an estimate may look better than what was measured again
         front.append(chosen)
     chosen_point = point(chosen, limits)
@@ -94,12 +95,15 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     summary = {"chosen": chosen_point, "device_only": point(device_only, limits), "edge_only": point(edge_only, limits), **common}
     atomic_write_text(paths.trials, trials_csv(trials, limits))
     atomic_write_json(
-        paths.pareto, {"objectives": OBJECTIVES, "memory_mb": limits.memory_mb, **common, "chosen": chosen.number, "points": [point(t, limits) for t in front]}
+        paths.pareto,
+        {"objectives": objectives(minimize), "memory_mb": limits.memory_mb, **common, "chosen": chosen.number, "points": [point(t, limits) for t in front]},
     )
     atomic_write_json(paths.chosen, summary)
     atomic_write_text(paths.progress, progress_csv(history))
     shares = importances(trials, space, params.run.seed)
     atomic_write_text(paths.importances, importances_csv(shares))
+    learned = searcher.history if isinstance(searcher, DdpgSearcher) else []
+    atomic_write_text(paths.learning, learning_csv(learned))
 
     tracker.log_params({"chosen": chosen.candidate.label()})
     tracker.log_metrics({**common, **{f"chosen_{name}": value for name, value in chosen_point["measurement"].items()}})
@@ -107,7 +111,9 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     tracker.log_figure(hypervolume_figure(history, device, settings.method), "hypervolume.png")
     if shares:
         tracker.log_figure(importance_figure(shares, device), "importances.png")
-    for path in (paths.trials, paths.pareto, paths.chosen, paths.progress, paths.importances):
+    if learned:
+        tracker.log_figure(learning_figure(learned, device), "learning.png")
+    for path in (paths.trials, paths.pareto, paths.chosen, paths.progress, paths.importances, paths.learning):
         tracker.log_file(path)
     for trial in front:
         found = point(trial, limits)
@@ -122,7 +128,7 @@ def _study_key(params: Params, device: str) -> str:
 
     But for `ddpg`, whose exploration is planned for a number of trials.
     """
-    trials = () if params.search.method == "ddpg" else ("trials",)
+    agent = params.search.method == "ddpg"
     paths = DevicePaths(device)
     supernet = sorted(paths.supernet.glob("*.safetensors"))
     inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile, *supernet)
@@ -130,7 +136,9 @@ def _study_key(params: Params, device: str) -> str:
         "run": [params.run.seed, threads_of(params)],
         "backbone": params.backbone.name,
         "device": [device, params.device(device).model_dump(include={"memory_mb", "link", "power"})],
-        "search": params.search.model_dump(exclude={"rescored", "executor", "workers", "ray_address", *trials}),
+        "search": params.search.model_dump(
+            exclude={"rescored", "executor", "workers", "ray_address", "trials" if not agent else "", "ddpg" if not agent else ""}
+        ),
         "codec": params.codec.model_dump(),
         "limits": params.objective.model_dump(exclude={"minimize"}),
         "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},

@@ -24,7 +24,7 @@ def evaluator(tiny_backbone, digits_params):
     problem = Problem(tiny_backbone, cuts, settings, Codec(), channel_block=1)
     torch.manual_seed(0)
     splits = {cut: SplitSupernet(problem, cut).eval() for cut in problem.space().codes}
-    return Evaluator(problem, pictures(64, 0), pictures(40, 1), deployment(cuts), 0, Supernet(problem, copy.deepcopy(tiny_backbone), splits))
+    return Evaluator(problem, pictures(64, 0), pictures(40, 1), deployment(), 0, Supernet(problem, copy.deepcopy(tiny_backbone), splits))
 
 
 def test_candidates_differ_lie_near_the_best_and_are_the_same_each_time(evaluator, monkeypatch):

@@ -51,7 +51,7 @@ class Costs:
 
 def searcher_of(method: str, space: Space = SPACE, *, seed: int, trials: int = 20) -> Searcher:
     nothing = {"codec_steps": 1, "train_images": 1, "keep": [1.0], "code_channels": [1], "strides": [1], "bits": [1], "images": {"webp": [100]}}
-    return build_searcher(Search(method=method, trials=trials, **nothing), space, Costs(space), LIMITS, seed=seed)
+    return build_searcher(Search(method=method, trials=trials, **nothing), space, Costs(space), LIMITS, "latency_ms", seed=seed)
 
 
 def run(folder: Path, *, measure: Measure = fake_measure, executor: Executor | None = None, **changes: Any) -> str:

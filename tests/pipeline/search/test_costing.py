@@ -50,7 +50,7 @@ def test_a_split_costs_what_its_own_halves_compute(make, backbone):
     symbols = torch.zeros(1, *network.codec.code_shape, dtype=torch.uint8)
     assert list(map(shapes, costs.edge)) == list(map(shapes, operations(network.edge_half().eval(), symbols)))
     assert costs.symbols == symbols.numel()
-    measured = costing.measurement(SPLIT, 0.5, [20, 21], 1, 1)
+    measured = costing.measurement(SPLIT, 0.5, [20, 21], 1, 1, 1)
     assert measured.device_macs == sum(count_macs(network.device_half().eval(), EXAMPLE).values())
     assert measured.frame_bytes == 20.5 + 13
     assert measured.total_ms == pytest.approx(measured.device_ms + measured.encode_ms + measured.link_ms + measured.decode_ms + measured.edge_ms)
@@ -72,10 +72,10 @@ def test_the_bound_is_never_below_what_is_measured_with_any_code_up_to_its_uncod
     for candidate in some_candidates(costing):
         uncoded = 0 if candidate.kind == "device-only" else -(-costing.costs(candidate).symbols * candidate.bits // 8)
         for payload in {1, uncoded // 2, uncoded, uncoded + 1} - {0} if uncoded else ():
-            assert costing.measurement(candidate, 0.5, [payload], 1, 1).total_ms <= costing.bound_ms(candidate)
+            assert costing.measurement(candidate, 0.5, [payload], 1, 1, 1).total_ms <= costing.bound_ms(candidate)
         assert costing.device_ms(candidate) < costing.bound_ms(candidate) or not uncoded
     whole = Candidate("output")
-    assert costing.bound_ms(whole) == costing.measurement(whole, 0.5, [], 1, 1).total_ms == costing.device_ms(whole)
+    assert costing.bound_ms(whole) == costing.measurement(whole, 0.5, [], 1, 1, 1).total_ms == costing.device_ms(whole)
 
 
 def test_a_pruned_half_is_predicted_to_be_faster(make):

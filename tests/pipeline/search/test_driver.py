@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.errors import CoinferError
 from pipeline.search.driver import search
-from pipeline.search.executor import InProcess, Outcome
+from pipeline.search.executor import InProcess, evaluate
 from tests.pipeline.search.fake_measures import fake_measure
 from tests.pipeline.search.fakes import SPACE, journal_in, run, searcher_of, trials_of
 
@@ -93,10 +93,7 @@ class Backwards:
         self.left -= 1
         job = self.jobs.pop()
         self.seen.append(job)
-        try:
-            return Outcome(job.number, fake_measure(job.candidate, job.seed))
-        except RuntimeError as error:
-            return Outcome(job.number, failure=str(error))
+        return evaluate(fake_measure, job)
 
     def close(self):
         self.jobs.clear()

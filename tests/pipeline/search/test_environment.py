@@ -125,7 +125,9 @@ def test_cuts_that_cannot_meet_the_budget_are_not_offered():
 
 
 def test_a_budget_nothing_meets_names_itself_and_the_cheapest():
-    with pytest.raises(CoinferError, match=r"budget of 1 ms; the cheapest found is early 2ch /4 1bit keep 0\.25 with 1\.77 ms"):
+    with pytest.raises(
+        CoinferError, match=r"budget of 1 ms, its code taken as large as uncoded; the cheapest found is early 2ch /4 1bit keep 0\.25 with 1\.77 ms"
+    ):
         Compression(SPACE, NastyCosting(), CUTS, 1.0)
 
 

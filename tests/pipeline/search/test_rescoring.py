@@ -8,7 +8,7 @@ from pipeline.errors import CoinferError, ModelError
 from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.pareto import Limits, Trial, feasible, trials_csv
 from pipeline.search.rescoring import choose_settled, rescored
-from tests.pipeline.search.fakes import measurement
+from tests.pipeline.search.fake_measures import measurement
 
 LIMITS = Limits(floor=0.7, memory_mb=5)
 WHOLE = Candidate("output")

@@ -84,12 +84,12 @@ def module_params():
 @pytest.fixture
 def evaluator(supernet):
     problem = supernet.problem
-    return Evaluator(problem, pictures(200, 0), pictures(100, 1), deployment(problem.cuts), 0, supernet)
+    return Evaluator(problem, pictures(200, 0), pictures(100, 1), deployment(), 0, supernet)
 
 
 def test_every_member_of_a_short_training_classifies_about_as_well_as_a_codec_trained_alone(supernet, evaluator):
     """None has collapsed, the narrowest least of all: chance is .1."""
-    alone = Evaluator(supernet.problem, pictures(200, 0), pictures(100, 1), deployment(supernet.problem.cuts), 0)
+    alone = Evaluator(supernet.problem, pictures(200, 0), pictures(100, 1), deployment(), 0)
     found = {}
     for spec in supernet.problem.specs(CUT):
         for keep in ((), PRUNED.keep):
@@ -103,7 +103,7 @@ def test_every_member_of_a_short_training_classifies_about_as_well_as_a_codec_tr
 
 def test_a_pruned_whole_network_is_better_than_with_recalibrated_batch_norms_alone(supernet, evaluator, trained):
     untrained = Supernet(supernet.problem, copy.deepcopy(trained), supernet.splits)
-    plain = Evaluator(supernet.problem, pictures(200, 0), pictures(100, 1), deployment(supernet.problem.cuts), 0, untrained)
+    plain = Evaluator(supernet.problem, pictures(200, 0), pictures(100, 1), deployment(), 0, untrained)
     assert evaluator.measure(OUTPUT, 0).accuracy > plain.measure(OUTPUT, 0).accuracy
 
 
@@ -163,7 +163,7 @@ def test_trials_are_judged_by_a_fixed_part_of_validation(trained, module_params,
     judged = []
     for seed in (0, 0, 1):
         problem = problem_of(trained, module_params, validation_images=40)
-        judged.append(Evaluator(problem, pictures(200, 0), validation, deployment(problem.cuts), seed).validation)
+        judged.append(Evaluator(problem, pictures(200, 0), validation, deployment(), seed).validation)
     assert len(judged[0][1]) == len(judged[0][0]) == 40
     assert torch.equal(judged[0][0], judged[1][0])
     assert not torch.equal(judged[0][0], judged[2][0])
@@ -187,7 +187,7 @@ def test_what_is_written_is_read_again(supernet, tmp_path, evaluator, module_par
         Supernet.load(problem, tmp_path)
     problem.space = lambda: replace(type(problem).space(problem), codes=monkey)
     loaded = Supernet.load(problem, tmp_path)
-    again = Evaluator(problem, pictures(200, 0), pictures(100, 1), deployment(problem.cuts), 0, loaded)
+    again = Evaluator(problem, pictures(200, 0), pictures(100, 1), deployment(), 0, loaded)
     assert again.measure(PRUNED, 0) == evaluator.measure(PRUNED, 0)
     other = problem_of(trained, module_params, code_channels=[2, 3])
     with pytest.raises(CoinferError, match="of another search space"):
@@ -199,7 +199,7 @@ def test_other_codecs_share_weights_too(trained, module_params, kind):
     codec = Codec(kind=kind)
     problem = problem_of(trained, module_params, codec, rate_weights=[0.0, 0.01], code_channels=[4], strides=[2], bits=[2, 3])
     supernet = train(problem, SETTINGS.model_copy(update={"epochs": 10}))
-    evaluator = Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(problem.cuts), 0, supernet)
+    evaluator = Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(), 0, supernet)
     points = ((4, 4), (2, 3), (1, 2)) if kind == "multi-rate" else ()
     bits = 8 if kind == "multi-rate" else 3
     found = [

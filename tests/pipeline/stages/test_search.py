@@ -31,6 +31,7 @@ def prepared(workdir, tiny_backbone):
     """What the stages before would have left."""
     for path in (DATA_CARD, BACKBONE_WEIGHTS, PATHS.cuts):
         path.parent.mkdir(parents=True)
+    PATHS.supernet.mkdir()
     DATA_CARD.write_text(json.dumps({"classes": list("0123456789"), "image_size": 16, "sha256": {"all": "0"}}))
     for name, count in (("train", 80), ("validation", 30)):
         images, labels = pictures(count, seed=count)
@@ -70,7 +71,8 @@ def test_a_search_leaves_trials_pareto_set_and_choice(prepared, digits_params, t
     assert float(progress[-1]["best"]) == pytest.approx(chosen["chosen"]["measurement"]["total_ms"], rel=1e-5)
     assert tracker.figures == ["pareto.png", "hypervolume.png"], "three trials say nothing of importances"
     assert PATHS.importances.read_text() == "parameter,explains,importance\n"
-    assert tracker.files == [PATHS.trials, PATHS.pareto, PATHS.chosen, PATHS.progress, PATHS.importances]
+    assert tracker.files == [PATHS.trials, PATHS.pareto, PATHS.chosen, PATHS.progress, PATHS.importances, PATHS.learning]
+    assert PATHS.learning.read_text() == "number,cut,weight,reward,sigma\n", "nothing learns here"
     assert len(tracker.children) == len(pareto["points"])
     assert any("chosen_total_ms" in metrics for metrics, _ in tracker.metrics)
 
@@ -169,7 +171,7 @@ def test_a_ray_address_that_nobody_answers_at_is_one_sentence(prepared, digits_f
 
 
 def test_an_image_format_without_measured_times_is_one_sentence(prepared, digits_fields, tracker):
-    with pytest.raises(CoinferError, match=r"search\.images has jpeg-bare, but device profiles hold the times of webp alone"):
+    with pytest.raises(CoinferError, match=r"the profile has no times of jpeg-bare images, only jpeg, png, webp; measure it again, or send another format"):
         run(with_(digits_fields, search={"images": {"webp": [100], "jpeg-bare": [60]}}), "camera", tracker)
 
 
@@ -193,3 +195,18 @@ def test_missing_inputs_are_one_sentence(prepared, tracker):
     PATHS.cuts.unlink()
     with pytest.raises(CoinferError, match=r"cuts\.json is missing; run `dvc repro`"):
         run(load_params(), "camera", tracker)
+
+
+def test_an_agent_leaves_its_learning_curve(prepared, digits_fields, tracker, quick):
+    run(with_(digits_fields, search={"method": "ddpg", "trials": 12}), "camera", tracker)
+    rows = list(csv.DictReader(io.StringIO(PATHS.learning.read_text())))
+    assert len(rows) >= 12
+    assert {row["weight"] for row in rows} == {"0.03", "0.1", "0.3"}
+    assert all(row["reward"] for row in rows)
+    assert "learning.png" in tracker.figures
+
+
+def test_without_the_folder_of_the_supernet_nothing_is_searched(prepared, digits_params, tracker):
+    PATHS.supernet.rmdir()
+    with pytest.raises(CoinferError, match=r"artifacts/camera/supernet is missing; run `dvc repro` to make it"):
+        run(digits_params, "camera", tracker)

@@ -9,10 +9,12 @@ from models.cutting import cut_points
 from pipeline.errors import Interrupted
 from pipeline.params import parse_params
 from pipeline.paths import BACKBONE_WEIGHTS, CHECKPOINTS, DATA_CARD, DevicePaths, split_file
+from pipeline.search.build import build_evaluator
 from pipeline.search.supernet import Supernet
 from pipeline.search.supernet_training import SplitLesson
 from pipeline.stages import search, supernet
-from tests.pipeline.search.toy import pictures, profile
+from tests.pipeline.costs.profiles import toy_profile
+from tests.pipeline.search.toy import DEVICE_MS_PER_MMAC, EDGE_MS_PER_MMAC, pictures
 
 PATHS = DevicePaths("camera")
 
@@ -29,8 +31,8 @@ def prepared(workdir, tiny_backbone):
     save_file(tiny_backbone.state_dict(), BACKBONE_WEIGHTS)
     cuts = cut_points(tiny_backbone, torch.zeros(1, 3, 16, 16))
     PATHS.cuts.write_text(json.dumps([{**cut.to_dict(), "elements": cut.elements, "feature_bytes": 4 * cut.elements} for cut in cuts]))
-    profile(cuts, 20).save(PATHS.device_profile)
-    profile(cuts, 1).save(PATHS.edge_profile)
+    toy_profile(DEVICE_MS_PER_MMAC).save(PATHS.device_profile)
+    toy_profile(EDGE_MS_PER_MMAC).save(PATHS.edge_profile)
     return workdir
 
 
@@ -94,7 +96,7 @@ def test_the_same_inputs_give_the_same_bytes_also_after_an_interruption(prepared
 def test_without_epochs_each_trial_trains_its_own_codec(prepared, params, tracker):
     assert supernet.run(params.model_copy(update={"supernet": params.supernet.model_copy(update={"epochs": 0})}), "camera", tracker) == {}
     assert set(written()) == {"curves.csv"}
-    assert Supernet.load(search._evaluator(params, "camera").problem, PATHS.supernet) is None
+    assert Supernet.load(build_evaluator(params, "camera").problem, PATHS.supernet) is None
 
 
 def test_nothing_to_prune_and_nothing_to_share_is_no_training(prepared, params, tracker):
