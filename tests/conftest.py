@@ -81,6 +81,7 @@ def digits_fields() -> dict[str, Any]:
     fields["run"]["threads"] = 1
     fields["data"]["validation_fraction"] = 0.1
     fields["pretrain"] |= {"epochs": 1}
+    fields["supernet"] |= {"epochs": 1}
     fields["search"] |= {"trials": 3, "codec_steps": 2, "train_images": 64, "bits": [2, 4], "images": {"webp": [100, 30]}}
     fields["finetune"] |= {"epochs": 1}
     fields["objective"] |= {"max_accuracy_drop": 0.9}

@@ -176,7 +176,7 @@ def test_own_data_and_own_network_work_as_the_pages_say(reader: tuple[Path, dict
     (folder / "profiles/measure.json").write_text(json.dumps(QUICK_PLAN))
     for command in (
         *quick("own-data.md"),
-        *(f"python -m pipeline.cli {stage}" for stage in ("pretrain", "profile", "search", "finetune", "export", "evaluate", "report")),
+        *(f"python -m pipeline.cli {stage}" for stage in ("pretrain", "profile", "supernet", "search", "finetune", "export", "evaluate", "report")),
     ):
         result = run(command, folder)
         assert result.returncode == 0, result.stderr
