@@ -166,7 +166,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 
 
 def test_a_cut_the_space_lacks_is_refused():
-    with pytest.raises(ParamsError, match="search\.ddpg\.cut is nowhere, which the space does not have; it has early, late, output"):
+    with pytest.raises(ParamsError, match=r"search\.ddpg\.cut is nowhere, which the space does not have; it has early, late, output"):
         searcher(cut="nowhere")
 
 
