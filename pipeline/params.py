@@ -165,9 +165,7 @@ class Search(Section):
     learning_rate: Positive = Field(0.01, description="of a trial's training")
     validation_images: Count | None = Field(None, description="validation images that trials are judged by, drawn once; null = all")
     rescored: int = Field(4, ge=0, description="best trials of a supernet that are trained and measured again, from which the choice is made; 0 = none")
-    cuts: Literal["blocks", "all"] = Field(
-        "blocks", description="where to cut: after each block, or wherever a single tensor crosses"
-    )
+    cuts: Literal["blocks", "all"] = Field("blocks", description="where to cut: after each block, or wherever a single tensor crosses")
     keep: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         min_length=1, description="kept fractions of each group of channels that can only be pruned together; 0 drops blocks with a shortcut"
     )

@@ -25,6 +25,7 @@ _LEAST_MS = 1e-4
 _PRIOR = 0.02  # how strongly, in relative error, the correction of runs is drawn to none
 _ROUNDS = 20
 _HUBER = 0.05  # relative error beyond which a run counts as an outlier
+_DIGITS = 9  # what is fitted is rounded to: the last bits differ between processors, and trees choose between equal splits by them
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class LatencyModel:
 
     A kernel that was measured takes its median. Any other takes the roofline of its kind (a call, its multiply-accumulates, its bytes, each at the rate
     that fits best) times what boosted trees have learnt of the kind's deviation from that. Profiled kernels are slower than those of a run without
-    profiling, by a time each and by a factor that are fitted to `runs`.
+    profiling, by a time each and by a factor that are fitted to `runs`. All that is fitted is rounded, so that processors which differ in the
+    last bits of their arithmetic predict the same.
 
     Raises:
         ProfileError: no kernel was measured.
@@ -76,7 +78,7 @@ class LatencyModel:
         """Predicted median of one `session.run` that calls these kernels."""
         terms = self._terms(calls)
         # a correction fitted to other runs may go below what any run takes
-        return float(max(terms @ self._correction, 0.2 * terms[2:].sum()))
+        return _rounded(max(terms @ self._correction, 0.2 * terms[2:].sum()), 6)
 
     def kernel_ms(self, calls: Sequence[KernelCall]) -> list[float]:
         """What each call takes by the profile of ONNX Runtime, measured or predicted."""
@@ -109,7 +111,7 @@ class LatencyModel:
             trust = np.sqrt(np.minimum(1, _HUBER / np.maximum(error, 1e-12)))
             given, wanted = np.vstack([terms * trust[:, None], prior]), np.concatenate([trust, prior @ np.array([0.0, 0.0, 1.0, 1.0])])
             weights = np.linalg.lstsq(given, wanted, rcond=None)[0]
-        return weights
+        return np.array([_rounded(weight) for weight in weights])
 
 
 class _Kind:
@@ -118,7 +120,7 @@ class _Kind:
     def __init__(self, times: dict[KernelCall, float]) -> None:
         work, ms = np.array([_work(call) for call in times]), np.array(list(times.values()))
         fitted = LinearRegression(fit_intercept=False, positive=True).fit(work / ms[:, None], np.ones(len(ms)))
-        self._rates: Array = np.asarray(fitted.coef_)
+        self._rates: Array = np.array([_rounded(rate) for rate in fitted.coef_])
         self._times = dict(times)
 
     @cached_property
@@ -130,7 +132,8 @@ class _Kind:
             n_estimators=150, learning_rate=0.08, max_depth=4, min_samples_leaf=3, subsample=0.7, max_features=0.5, random_state=0
         )
         expected = self._roofline(np.array([_work(call) for call in self._times]))
-        return trees.fit(np.array([_features(call) for call in self._times]), np.log(np.array(list(self._times.values())) / expected))
+        left = np.log(np.array(list(self._times.values())) / expected)
+        return trees.fit(np.array([_features(call) for call in self._times]).round(_DIGITS), left.round(_DIGITS))
 
     def _roofline(self, work: Array) -> Array:
         expected: Array = np.maximum(work @ self._rates, _LEAST_MS)
@@ -139,8 +142,12 @@ class _Kind:
     def predict(self, calls: Sequence[KernelCall]) -> list[float]:
         ms = self._roofline(np.array([_work(call) for call in calls]))
         if self._trees is not None:
-            ms = ms * np.exp(self._trees.predict(np.array([_features(call) for call in calls])))
-        return [float(value) for value in ms]
+            ms = ms * np.exp(self._trees.predict(np.array([_features(call) for call in calls]).round(_DIGITS)))
+        return [_rounded(value) for value in ms]
+
+
+def _rounded(value: float, digits: int = _DIGITS) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def _integer(call: KernelCall) -> bool:
