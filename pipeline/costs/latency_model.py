@@ -50,7 +50,8 @@ class LatencyModel:
     """Predicted time of a run, fitted to `kernels` and `runs` measured on one device (deterministic).
 
     A kernel that was measured takes its median. Any other takes the roofline of its kind (a call, its multiply-accumulates, its bytes, each at the rate
-    that fits best) times what boosted trees have learnt of the kind's deviation from that. Profiled kernels are slower than those of a run without
+    that fits best) times what boosted trees have learnt of the kind's deviation from that, but not less than its multiply-accumulates take at the highest
+    rate of any kernel of floats, or of integers, that was measured. Profiled kernels are slower than those of a run without
     profiling, by a time each and by a factor that are fitted to `runs`. All that is fitted is rounded, so that processors which differ in the
     last bits of their arithmetic predict the same.
 
@@ -65,6 +66,10 @@ class LatencyModel:
         for kernel in kernels:
             samples[kernel.call].append(max(kernel.ms, _LEAST_MS))
         self._known = {call: median(times) for call, times in samples.items()}
+        self._peak = {
+            integer: max((_macs(call) / ms for call, ms in self._known.items() if _integer(call) == integer), default=0.0) or math.inf
+            for integer in (False, True)
+        }
         self._any = _Kind(self._known)
         self._kinds: dict[str, _Kind] = {}
         for name in (_operator, _kind):
@@ -87,7 +92,9 @@ class LatencyModel:
             if call not in self._known:
                 unknown[next((kind for kind in (_kind(call), _operator(call)) if kind in self._kinds), "")].append(call)
         for kind, asked in unknown.items():
-            self._known |= zip(asked, self._kinds.get(kind, self._any).predict(asked), strict=True)
+            predicted = self._kinds.get(kind, self._any).predict(asked)
+            # a kind measured only where bytes decide, as linear layers of one row, has no rate of its own for multiply-accumulates
+            self._known |= {call: max(ms, _macs(call) / self._peak[_integer(call)]) for call, ms in zip(asked, predicted, strict=True)}
         return [self._known[call] for call in calls]
 
     def _terms(self, calls: Sequence[KernelCall]) -> Array:
@@ -170,6 +177,8 @@ def _kind(call: KernelCall) -> str:
 
 
 def _macs(call: KernelCall) -> float:
+    if call.op in ("MatMul", "QLinearMatMul") and not call.weights:
+        return float(math.prod(call.output) * call.inputs[0][-1])
     if call.op == "ConvTranspose":
         return math.prod(call.inputs[0]) * math.prod(call.weights[1:])
     if len(call.weights) == 4:
