@@ -21,6 +21,7 @@ from pipeline.errors import ProfileError
 Array = NDArray[np.float64]
 
 _LEAST = 24  # kernels of a kind from which trees learn anything
+_FEW = 8  # kernels of a kind from which its own rates are better than its operator's
 _LEAST_MS = 1e-4
 _PRIOR = 0.02  # how strongly, in relative error, the correction of runs is drawn to none
 _ROUNDS = 20
@@ -72,11 +73,11 @@ class LatencyModel:
         }
         self._any = _Kind(self._known)
         self._kinds: dict[str, _Kind] = {}
-        for name in (_operator, _kind):
+        for name, least in ((_operator, 1), (_kind, _FEW)):
             groups = defaultdict[str, dict[KernelCall, float]](dict)
             for call, ms in self._known.items():
                 groups[name(call)][call] = ms
-            self._kinds |= {kind: _Kind(times) for kind, times in groups.items() if len(times) >= _LEAST or kind not in self._kinds}
+            self._kinds |= {kind: _Kind(times) for kind, times in groups.items() if len(times) >= least}
         self._correction = self._correct(runs)
 
     def run_ms(self, calls: Sequence[KernelCall]) -> float:
@@ -111,7 +112,8 @@ class LatencyModel:
             return weights
         measured = np.array([run.median_ms for run in runs])
         terms = np.array([self._terms(run.calls) for run in runs]) / measured[:, None]
-        scale = np.sqrt((terms**2).mean(0)) + 1e-12
+        scale = np.sqrt((terms**2).mean(0))
+        scale[scale == 0] = 1.0  # as integers where none ran, which stay as they were measured
         prior = np.diag(_PRIOR * scale * math.sqrt(len(runs)))
         for _ in range(_ROUNDS):
             error = np.abs(terms @ weights - 1)
@@ -158,7 +160,11 @@ def _rounded(value: float, digits: int = _DIGITS) -> float:
 
 
 def _integer(call: KernelCall) -> bool:
-    return call.op.startswith("Q") or call.dtype != "float"
+    return _quantised(call) or call.dtype != "float"
+
+
+def _quantised(call: KernelCall) -> bool:
+    return call.op.startswith("Q") and call.op != "QuickGelu"
 
 
 def _operator(call: KernelCall) -> str:
@@ -166,7 +172,7 @@ def _operator(call: KernelCall) -> str:
 
 
 def _kind(call: KernelCall) -> str:
-    """Which of an operator's ways of working: depthwise, pointwise, few input channels, strided."""
+    """Which of an operator's ways of working: depthwise, pointwise, of few input channels or of many; beside convolutions, by how many tensors it reads."""
     if len(call.weights) != 4:
         return f"{_operator(call)}:{len(call.inputs)}"
     if call.groups > 1 and call.weights[1] == 1:
@@ -189,7 +195,7 @@ def _macs(call: KernelCall) -> float:
 def _bytes(call: KernelCall) -> tuple[float, float, float]:
     """Read, written and of weights."""
     each = 4 if call.dtype == "float" else 8 if call.dtype == "int64" else 1
-    width = 1 if call.op.startswith("Q") else 4
+    width = 1 if _quantised(call) else 4
     return float(each * sum(math.prod(shape) for shape in call.inputs)), float(width * math.prod(call.output)), float(width * math.prod(call.weights or (0,)))
 
 
@@ -203,7 +209,7 @@ _ACTIVATIONS = ("", "Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "Si
 
 def _features(call: KernelCall) -> list[float]:
     read, written, weights = _bytes(call)
-    last = call.op.startswith("Q") or call.op.startswith("Nhwc")
+    last = _quantised(call) or call.op.startswith("Nhwc")
     inside, outside = (_sides(shape, last) for shape in (call.inputs[0], call.output))
     kernel, stride = (call.kernel or (1,))[0], (call.strides or (1,))[0]
     return [
