@@ -119,12 +119,14 @@ class DeviceProfile:
         """This profile with what `newer` has added or replaced.
 
         Raises:
-            ProfileError: the two come from different machines, runtimes or thread counts.
+            ProfileError: the two come from different machines, runtimes, coders or thread counts.
         """
         for field in ("machine", "runtime", "threads", "slowdown", "nchwc_block", "channel_block"):
             mine, theirs = getattr(self, field), getattr(newer, field)
             if mine != theirs:
-                raise ProfileError(f"profile {self.name} has {field} {mine} but this measurement {theirs}; measure into another file.")
+                raise self._differs(field, mine, theirs)
+        if self.coder.implementation != newer.coder.implementation:
+            raise self._differs("coder", self.coder.implementation, newer.coder.implementation)
         return replace(
             newer,
             name=self.name,
@@ -133,6 +135,9 @@ class DeviceProfile:
             images={**self.images, **newer.images},
             networks={**self.networks, **newer.networks},
         )
+
+    def _differs(self, what: str, mine: Any, theirs: Any) -> ProfileError:
+        return ProfileError(f"profile {self.name} has {what} {mine} but this measurement {theirs}; measure into another file.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: kernels as a table, runs as the numbers of their kernels in it; times to four digits."""

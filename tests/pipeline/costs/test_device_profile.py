@@ -143,6 +143,8 @@ def test_a_profile_grows_by_backbones_and_sizes_of_the_same_machine_only() -> No
     assert both.name == "toy"
     with pytest.raises(ProfileError, match="threads 1 but this measurement 2; measure into another file"):
         mine.merged(replace(other, threads=2))
+    with pytest.raises(ProfileError, match="coder c but this measurement python; measure into another file"):
+        mine.merged(replace(other, coder=replace(other.coder, implementation="python")))
 
 
 def test_what_is_kept_for_one_size_is_all_that_this_size_needs() -> None:
