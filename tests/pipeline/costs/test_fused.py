@@ -102,5 +102,5 @@ def test_blocks_are_as_wide_as_the_device_has_them() -> None:
 
 def test_a_call_survives_json() -> None:
     for precision in ("fp32", "int8"):
-        for call in kernel_calls(operations(build_backbone("mobilenet_v3_small", 10, 32), torch.zeros(1, 3, 32, 32)), precision):  # type: ignore[arg-type]
+        for call in kernel_calls(operations(build_backbone("mobilenet_v3_small", 10, 32), torch.zeros(1, 3, 32, 32)), precision, block=8):  # type: ignore[arg-type]
             assert KernelCall.from_dict(json.loads(json.dumps(call.to_dict()))) == call
