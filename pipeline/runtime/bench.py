@@ -121,7 +121,9 @@ class Samples:
 
 
 class Bench(Protocol):
-    """Where jobs are timed: on this machine or on another."""
+    """Where jobs are timed: on this machine or on another, at `address`."""
+
+    address: str
 
     def describe(self) -> dict[str, Any]:
         """`machine` (cpu, os, arch; board and governor where they can be read), `runtime` and `coder` (c or python)."""
@@ -138,6 +140,8 @@ class Bench(Protocol):
 
 class LocalBench:
     """Times on this machine."""
+
+    address = ""
 
     def describe(self) -> dict[str, Any]:
         machine = {"cpu": cpu_name(), "os": platform.system(), "arch": platform.machine()}
