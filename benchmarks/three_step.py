@@ -44,7 +44,7 @@ from benchmarks.three_step_ways import (
 from models.backbones import build_backbone
 from models.cutting import cut_points
 from pipeline.costs.link import Link
-from pipeline.costs.measure import measure_profile
+from pipeline.costs.measure import forget_kept, measure_profile
 from pipeline.costs.measure_plan import MeasurePlan
 from pipeline.data import load_card, load_split
 from pipeline.inference import accuracy
@@ -80,6 +80,7 @@ def run_end_to_end(raw: Raw) -> Raw:
     images = validation[0].numpy()
     plan = MeasurePlan.load(ROOT / "profiles/measure.json")
     profile = measure_profile("three_step", "resnet20", network, EXAMPLE, cut_points(network, EXAMPLE), plan)
+    forget_kept("three_step")
     predicted, measured = (
         {name: medians(parts) for name, parts in time_parts(ways, images[start : start + TIMED_IMAGES], ROUNDS).items()} for start in (0, TIMED_IMAGES)
     )

@@ -119,12 +119,14 @@ class DeviceProfile:
         """This profile with what `newer` has added or replaced.
 
         Raises:
-            ProfileError: the two come from different machines, runtimes or thread counts.
+            ProfileError: the two come from different machines, runtimes, coders or thread counts.
         """
         for field in ("machine", "runtime", "threads", "slowdown", "nchwc_block", "channel_block"):
             mine, theirs = getattr(self, field), getattr(newer, field)
             if mine != theirs:
-                raise ProfileError(f"profile {self.name} has {field} {mine} but this measurement {theirs}; measure into another file.")
+                raise self._differs(field, mine, theirs)
+        if self.coder.implementation != newer.coder.implementation:
+            raise self._differs("coder", self.coder.implementation, newer.coder.implementation)
         return replace(
             newer,
             name=self.name,
@@ -133,6 +135,9 @@ class DeviceProfile:
             images={**self.images, **newer.images},
             networks={**self.networks, **newer.networks},
         )
+
+    def _differs(self, what: str, mine: Any, theirs: Any) -> ProfileError:
+        return ProfileError(f"profile {self.name} has {what} {mine} but this measurement {theirs}; measure into another file.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: kernels as a table, runs as the numbers of their kernels in it; times to four digits."""
@@ -168,7 +173,7 @@ class DeviceProfile:
         """Check and read `fields` as `to_dict` made them.
 
         Raises:
-            ProfileError: another schema version, a missing field, or a time that is negative or not a number.
+            ProfileError: another schema version, a missing field, a time that is negative or not a number, or another number that cannot be.
         """
         if not isinstance(fields, dict) or fields.get("schema_version") != SCHEMA_VERSION:
             version = fields.get("schema_version") if isinstance(fields, dict) else None
@@ -178,16 +183,16 @@ class DeviceProfile:
             return cls(
                 name=str(fields["name"]),
                 runtime=str(fields["runtime"]),
-                threads=int(fields["threads"]),
+                threads=_whole(fields, "threads", 1),
                 machine={str(key): str(value) for key, value in fields["machine"].items()},
-                nchwc_block=int(fields["nchwc_block"]),
-                channel_block=int(fields["channel_block"]),
+                nchwc_block=_whole(fields, "nchwc_block", 0),
+                channel_block=_whole(fields, "channel_block", 1),
                 kernels=kernels,
                 runs=_runs(fields["runs"], calls),
                 images={int(size): ImageTimes.from_dict(times, f"images {size}") for size, times in fields["images"].items()},
                 networks={key: _network(network, f"network {key}") for key, network in fields["networks"].items()},
                 coder=CoderTimes.from_dict(fields["coder"]),
-                slowdown=checked_ms(fields["slowdown"], "slowdown"),
+                slowdown=_slowdown(fields["slowdown"]),
             )
         except KeyError as error:
             raise ProfileError(f"{where} lacks {error.args[0]}; {AGAIN}.") from None
@@ -224,6 +229,18 @@ def _fitted(kernels: tuple[KernelTime, ...], runs: tuple[RunTime, ...]) -> Laten
     return LatencyModel(kernels, runs)
 
 
+def _whole(fields: Mapping[str, Any], name: str, least: int) -> int:
+    if type(fields[name]) is not int or fields[name] < least:
+        raise ValueError(f"{name} is {fields[name]!r}, not a whole number of {least} or more")
+    return int(fields[name])
+
+
+def _slowdown(value: Any) -> float:
+    if not checked_ms(value, "slowdown"):
+        raise ValueError("slowdown is 0")
+    return float(value)
+
+
 def _row(call: KernelCall) -> list[Any]:
     written = call.to_dict()
     return [written.get(name) for name in CALL_COLUMNS]
@@ -239,10 +256,16 @@ def _kernels(table: Mapping[str, Any]) -> tuple[list[KernelCall], dict[KernelCal
             raise ValueError(f"kernel {number} has {len(row)} columns of {len(table['columns'])}")
         named = zip(CALL_COLUMNS, row[: len(CALL_COLUMNS)], strict=True)
         call = KernelCall.from_dict({name: value for name, value in named if value is not None})
+        if not call.inputs or not all(_is_shape(shape) for shape in (*call.inputs, call.output, call.weights, call.kernel, call.strides)):
+            raise ValueError(f"kernel {number} ({call.op}) has a shape that is not a list of whole numbers, or no inputs")
         calls.append(call)
         if row[-3:] != [None] * 3:
             times[call] = Spread.checked(row[-3:], f"kernel {number} ({call.op})", positive=True)
     return calls, times
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(side) is int for side in value)
 
 
 def _runs(table: Mapping[str, Any], calls: Sequence[KernelCall]) -> tuple[RunTime, ...]:

@@ -12,7 +12,7 @@ from pipeline.costs.onnx_graph import exported, fold_batch_norms, fuse_activatio
 from pipeline.costs.quantised import to_integers
 
 
-def kernel_calls(operations: Sequence[Operation], precision: Literal["fp32", "int8"] = "fp32", *, block: int = 8) -> tuple[KernelCall, ...]:
+def kernel_calls(operations: Sequence[Operation], precision: Literal["fp32", "int8"] = "fp32", *, block: int) -> tuple[KernelCall, ...]:
     """The kernels of one run of the half that is exported from `operations`, in the order of the optimised graph.
 
     `block` is the number of channels that the device's convolutions hold together (NCHWc): 8 with AVX2, 16 with AVX-512, 0 where there is no such

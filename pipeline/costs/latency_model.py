@@ -21,10 +21,12 @@ from pipeline.errors import ProfileError
 Array = NDArray[np.float64]
 
 _LEAST = 24  # kernels of a kind from which trees learn anything
+_FEW = 8  # kernels of a kind from which its own rates are better than its operator's
 _LEAST_MS = 1e-4
 _PRIOR = 0.02  # how strongly, in relative error, the correction of runs is drawn to none
 _ROUNDS = 20
 _HUBER = 0.05  # relative error beyond which a run counts as an outlier
+_DIGITS = 9  # what is fitted is rounded to: the last bits differ between processors, and trees choose between equal splits by them
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ class LatencyModel:
     """Predicted time of a run, fitted to `kernels` and `runs` measured on one device (deterministic).
 
     A kernel that was measured takes its median. Any other takes the roofline of its kind (a call, its multiply-accumulates, its bytes, each at the rate
-    that fits best) times what boosted trees have learnt of the kind's deviation from that. Profiled kernels are slower than those of a run without
-    profiling, by a time each and by a factor that are fitted to `runs`.
+    that fits best) times what boosted trees have learnt of the kind's deviation from that, but not less than its multiply-accumulates take at the highest
+    rate of any kernel of floats, or of integers, that was measured. Profiled kernels are slower than those of a run without
+    profiling, by a time each and by a factor that are fitted to `runs`. All that is fitted is rounded, so that processors which differ in the
+    last bits of their arithmetic predict the same.
 
     Raises:
         ProfileError: no kernel was measured.
@@ -63,20 +67,24 @@ class LatencyModel:
         for kernel in kernels:
             samples[kernel.call].append(max(kernel.ms, _LEAST_MS))
         self._known = {call: median(times) for call, times in samples.items()}
+        self._peak = {
+            integer: max((_macs(call) / ms for call, ms in self._known.items() if _integer(call) == integer), default=0.0) or math.inf
+            for integer in (False, True)
+        }
         self._any = _Kind(self._known)
         self._kinds: dict[str, _Kind] = {}
-        for name in (_operator, _kind):
+        for name, least in ((_operator, 1), (_kind, _FEW)):
             groups = defaultdict[str, dict[KernelCall, float]](dict)
             for call, ms in self._known.items():
                 groups[name(call)][call] = ms
-            self._kinds |= {kind: _Kind(times) for kind, times in groups.items() if len(times) >= _LEAST or kind not in self._kinds}
+            self._kinds |= {kind: _Kind(times) for kind, times in groups.items() if len(times) >= least}
         self._correction = self._correct(runs)
 
     def run_ms(self, calls: Sequence[KernelCall]) -> float:
         """Predicted median of one `session.run` that calls these kernels."""
         terms = self._terms(calls)
         # a correction fitted to other runs may go below what any run takes
-        return float(max(terms @ self._correction, 0.2 * terms[2:].sum()))
+        return _rounded(max(terms @ self._correction, 0.2 * terms[2:].sum()), 6)
 
     def kernel_ms(self, calls: Sequence[KernelCall]) -> list[float]:
         """What each call takes by the profile of ONNX Runtime, measured or predicted."""
@@ -85,7 +93,9 @@ class LatencyModel:
             if call not in self._known:
                 unknown[next((kind for kind in (_kind(call), _operator(call)) if kind in self._kinds), "")].append(call)
         for kind, asked in unknown.items():
-            self._known |= zip(asked, self._kinds.get(kind, self._any).predict(asked), strict=True)
+            predicted = self._kinds.get(kind, self._any).predict(asked)
+            # a kind measured only where bytes decide, as linear layers of one row, has no rate of its own for multiply-accumulates
+            self._known |= {call: max(ms, _macs(call) / self._peak[_integer(call)]) for call, ms in zip(asked, predicted, strict=True)}
         return [self._known[call] for call in calls]
 
     def _terms(self, calls: Sequence[KernelCall]) -> Array:
@@ -102,14 +112,15 @@ class LatencyModel:
             return weights
         measured = np.array([run.median_ms for run in runs])
         terms = np.array([self._terms(run.calls) for run in runs]) / measured[:, None]
-        scale = np.sqrt((terms**2).mean(0)) + 1e-12
+        scale = np.sqrt((terms**2).mean(0))
+        scale[scale == 0] = 1.0  # as integers where none ran, which stay as they were measured
         prior = np.diag(_PRIOR * scale * math.sqrt(len(runs)))
         for _ in range(_ROUNDS):
             error = np.abs(terms @ weights - 1)
             trust = np.sqrt(np.minimum(1, _HUBER / np.maximum(error, 1e-12)))
             given, wanted = np.vstack([terms * trust[:, None], prior]), np.concatenate([trust, prior @ np.array([0.0, 0.0, 1.0, 1.0])])
             weights = np.linalg.lstsq(given, wanted, rcond=None)[0]
-        return weights
+        return np.array([_rounded(weight) for weight in weights])
 
 
 class _Kind:
@@ -118,7 +129,7 @@ class _Kind:
     def __init__(self, times: dict[KernelCall, float]) -> None:
         work, ms = np.array([_work(call) for call in times]), np.array(list(times.values()))
         fitted = LinearRegression(fit_intercept=False, positive=True).fit(work / ms[:, None], np.ones(len(ms)))
-        self._rates: Array = np.asarray(fitted.coef_)
+        self._rates: Array = np.array([_rounded(rate) for rate in fitted.coef_])
         self._times = dict(times)
 
     @cached_property
@@ -130,7 +141,8 @@ class _Kind:
             n_estimators=150, learning_rate=0.08, max_depth=4, min_samples_leaf=3, subsample=0.7, max_features=0.5, random_state=0
         )
         expected = self._roofline(np.array([_work(call) for call in self._times]))
-        return trees.fit(np.array([_features(call) for call in self._times]), np.log(np.array(list(self._times.values())) / expected))
+        left = np.log(np.array(list(self._times.values())) / expected)
+        return trees.fit(np.array([_features(call) for call in self._times]).round(_DIGITS), left.round(_DIGITS))
 
     def _roofline(self, work: Array) -> Array:
         expected: Array = np.maximum(work @ self._rates, _LEAST_MS)
@@ -139,12 +151,20 @@ class _Kind:
     def predict(self, calls: Sequence[KernelCall]) -> list[float]:
         ms = self._roofline(np.array([_work(call) for call in calls]))
         if self._trees is not None:
-            ms = ms * np.exp(self._trees.predict(np.array([_features(call) for call in calls])))
-        return [float(value) for value in ms]
+            ms = ms * np.exp(self._trees.predict(np.array([_features(call) for call in calls]).round(_DIGITS)))
+        return [_rounded(value) for value in ms]
+
+
+def _rounded(value: float, digits: int = _DIGITS) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def _integer(call: KernelCall) -> bool:
-    return call.op.startswith("Q") or call.dtype != "float"
+    return _quantised(call) or call.dtype != "float"
+
+
+def _quantised(call: KernelCall) -> bool:
+    return call.op.startswith("Q") and call.op != "QuickGelu"
 
 
 def _operator(call: KernelCall) -> str:
@@ -152,7 +172,7 @@ def _operator(call: KernelCall) -> str:
 
 
 def _kind(call: KernelCall) -> str:
-    """Which of an operator's ways of working: depthwise, pointwise, few input channels, strided."""
+    """Which of an operator's ways of working: depthwise, pointwise, of few input channels or of many; beside convolutions, by how many tensors it reads."""
     if len(call.weights) != 4:
         return f"{_operator(call)}:{len(call.inputs)}"
     if call.groups > 1 and call.weights[1] == 1:
@@ -163,6 +183,8 @@ def _kind(call: KernelCall) -> str:
 
 
 def _macs(call: KernelCall) -> float:
+    if call.op in ("MatMul", "QLinearMatMul") and not call.weights:
+        return float(math.prod(call.output) * call.inputs[0][-1])
     if call.op == "ConvTranspose":
         return math.prod(call.inputs[0]) * math.prod(call.weights[1:])
     if len(call.weights) == 4:
@@ -173,7 +195,7 @@ def _macs(call: KernelCall) -> float:
 def _bytes(call: KernelCall) -> tuple[float, float, float]:
     """Read, written and of weights."""
     each = 4 if call.dtype == "float" else 8 if call.dtype == "int64" else 1
-    width = 1 if call.op.startswith("Q") else 4
+    width = 1 if _quantised(call) else 4
     return float(each * sum(math.prod(shape) for shape in call.inputs)), float(width * math.prod(call.output)), float(width * math.prod(call.weights or (0,)))
 
 
@@ -187,7 +209,7 @@ _ACTIVATIONS = ("", "Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "Si
 
 def _features(call: KernelCall) -> list[float]:
     read, written, weights = _bytes(call)
-    last = call.op.startswith("Q") or call.op.startswith("Nhwc")
+    last = _quantised(call) or call.op.startswith("Nhwc")
     inside, outside = (_sides(shape, last) for shape in (call.inputs[0], call.output))
     kernel, stride = (call.kernel or (1,))[0], (call.strides or (1,))[0]
     return [

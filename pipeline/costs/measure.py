@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pipeline.costs.device_profile import DeviceProfile, WholeNetwork, backbone_
 from pipeline.costs.kernel_call import KernelCall
 from pipeline.costs.latency_model import RunTime
 from pipeline.costs.measure_plan import MeasurePlan
-from pipeline.costs.measured_times import CoderTimes, ImageTimes, Spread
+from pipeline.costs.measured_times import CoderTimes, ImageTimes, Spread, checked_ms
 from pipeline.costs.profiled import block_probe, channel_block, profiled_kernels
 from pipeline.costs.random_halves import random_halves
 from pipeline.errors import Interrupted, ModelError, ProfileError
@@ -53,13 +53,14 @@ def measure_into(params: Params, path: Path, bench: Bench | None = None) -> Devi
     Where no data were prepared the network gets 10 classes, which only the last layer's width shows.
 
     Raises:
-        ProfileError: `path` holds another machine's profile, or is not a profile; or see `measure_profile`.
+        ProfileError: `path` holds another machine's profile or a slowed one, or is not a profile; or see `measure_profile`.
     """
     plan, bench = MeasurePlan.load(profile_file("measure")), bench or LocalBench()
     known = DeviceProfile.load(path) if path.exists() else None
     if known:
-        described = _device(bench.describe(), plan)
-        known.merged(replace(known, **described))  # refused now rather than after minutes of measuring
+        found = bench.describe()
+        coder = replace(known.coder, implementation=found["coder"])
+        known.merged(replace(known, slowdown=1.0, coder=coder, **_device(found, plan)))  # refused now rather than after minutes of measuring
     classes = len(json.loads(DATA_CARD.read_text())["classes"]) if DATA_CARD.exists() else 10
     image_size = params.data.image_size
     model = untrained(params.backbone.name, classes, image_size)
@@ -67,7 +68,20 @@ def measure_into(params: Params, path: Path, bench: Bench | None = None) -> Devi
     profile = measure_profile(path.stem, params.backbone.name, model, example, cut_points(model, example, params.search.cuts), plan, bench)
     merged = known.merged(profile) if known else profile
     merged.save(path)
+    forget_kept(path.stem, bench)
     return merged
+
+
+def forget_kept(name: str, bench: Bench | None = None) -> None:
+    """Delete what `measure_profile` of this name has kept of `bench`, this machine if left out."""
+    shutil.rmtree(_folder(name, bench or LocalBench()), ignore_errors=True)
+    with suppress(OSError):  # others are measured still, or nothing was
+        KEPT.rmdir()
+
+
+def _folder(name: str, bench: Bench) -> Path:
+    """What is kept of one measurement, apart from others'."""
+    return KEPT / hashlib.sha256(f"{name}\n{bench.address}".encode()).hexdigest()[:16]
 
 
 def untrained(backbone: str, classes: int, image_size: int) -> nn.Module:
@@ -82,7 +96,8 @@ def measure_profile(
 ) -> DeviceProfile:
     """Measure `bench`, this machine if left out, with `model` (in eval mode) at the shape of `example` (B, 3, S, S), and all else a candidate needs.
 
-    What is done is kept in .coinfer/profiling until all is, so a measurement that was interrupted goes on when it is asked for again.
+    What is done is kept in .coinfer/profiling, so a measurement that was interrupted goes on when it is asked for again, until `forget_kept`: call that when
+    the profile is where it should be.
 
     Raises:
         ModelError: the network cannot be exported or cut.
@@ -94,18 +109,18 @@ def measure_profile(
     described = bench.describe()
     try:
         with _Progress(name) as progress:
-            kept = _Kept(bench, described, plan.repeated)
+            kept = _Kept(bench, described, plan.repeated, _folder(name, bench))
             block = _block(kept)
             progress.preparing(f"{plan.halves} halves of {backbone_name}")
             models, whole = _models(model, example, cuts, plan, block or PLAIN_BLOCK)
             jobs = _beside(plan, image_size)
             tasks: list[Task] = [*_batches(models, plan.passes)]
             tasks += [[(None, job) for job in jobs[start : start + AT_ONCE]] for start in range(0, len(jobs), AT_ONCE)]
-            measured = _Measured()
+            measured = _Measured(kept.folder)
             for task in progress.each(tasks):
                 measured.add(task, kept.measure([job for _, job in task], models[whole["fp32"]] if task[0][0] is None else None))
     except KeyboardInterrupt:
-        raise Interrupted(f"measuring was interrupted; what is measured is kept in {KEPT}, run it again to go on from there.") from None
+        raise Interrupted(f"measuring was interrupted; what is measured is kept in {_folder(name, bench)}, run it again to go on from there.") from None
     profile = DeviceProfile(
         name=name,
         **_device(described, plan),
@@ -119,7 +134,6 @@ def measure_profile(
         },
         coder=_coder_times(measured, plan, described["coder"]),
     )
-    kept.forget()
     return profile
 
 
@@ -170,10 +184,21 @@ def _batches(models: Sequence[bytes], passes: int) -> Iterator[Task]:
         yield batch
 
 
+@contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """What ONNX Runtime said of its own run, there or when it was kept, may be of any form."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ProfileError(f"what ONNX Runtime says of its run is not understood ({reason}); delete {folder} and measure again.") from error
+
+
 class _Measured:
     """Samples of all passes, by job."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.kernels: dict[KernelCall, list[float]] = defaultdict(list)
         self.calls: dict[int, tuple[KernelCall, ...]] = {}
         self.samples: dict[int | Work, list[float]] = defaultdict(list)
@@ -182,10 +207,11 @@ class _Measured:
         for (index, job), samples in zip(task, found, strict=True):
             self.samples[job if index is None else index] += samples.ms
             if index is not None:
-                timed = profiled_kernels(onnx.load_from_string(samples.optimised), samples.events)
-                self.calls[index] = tuple(kernel.call for kernel in timed)
-                for kernel in timed:
-                    self.kernels[kernel.call].append(kernel.ms)
+                with _understood(self.folder):
+                    timed = profiled_kernels(onnx.load_from_string(samples.optimised), samples.events)
+                    self.calls[index] = tuple(kernel.call for kernel in timed)
+                    for kernel in timed:
+                        self.kernels[kernel.call].append(checked_ms(kernel.ms, kernel.call.op))
 
     def time(self, job: int | Work) -> Spread:
         return Spread.of(self.samples[job])
@@ -220,7 +246,8 @@ def _coder_times(measured: _Measured, plan: MeasurePlan, implementation: str) ->
 def _block(kept: _Kept) -> int:
     """The channels that a block of the device's layouts holds, 0 where layouts are plain."""
     (probe,) = kept.measure([ModelWork(block_probe().SerializeToString())], None)
-    return channel_block(onnx.load_from_string(probe.optimised))
+    with _understood(kept.folder):
+        return channel_block(onnx.load_from_string(probe.optimised))
 
 
 @dataclass
@@ -230,10 +257,11 @@ class _Kept:
     bench: Bench
     described: Mapping[str, Any]
     repeats: Repeats
+    folder: Path
 
     def measure(self, jobs: Sequence[Work], beside: bytes | None) -> list[Samples]:
         fields, blob = request(jobs, self.repeats, beside)
-        file = KEPT / f"{hashlib.sha256(packed({'device': self.described, **fields}, blob)).hexdigest()[:32]}.bin"
+        file = self.folder / f"{hashlib.sha256(packed({'device': self.described, **fields}, blob)).hexdigest()[:32]}.bin"
         if file.exists():
             try:
                 return replied(*unpacked(file.read_bytes()))
@@ -242,9 +270,6 @@ class _Kept:
         found = self.bench.measure(jobs, self.repeats, beside)
         atomic_write_bytes(file, packed(*reply(found)))
         return found
-
-    def forget(self) -> None:
-        shutil.rmtree(KEPT, ignore_errors=True)
 
 
 class _Progress:

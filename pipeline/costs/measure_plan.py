@@ -18,8 +18,8 @@ class MeasurePlan:
     """A measurement's size.
 
     `chains` random small models show the device's kernels, `halves` random pruned device halves of the backbone (and `edge_halves` edge halves) how kernels
-    add up in a run; `int8_halves` of the device halves are measured in int8 too. All are visited `passes` times, in other company each time,
-    and in each of them by `rounds`, `repeats`, `warmup` and `job_ms` (`Repeats`).
+    add up in a run; `int8_halves` of the device halves are measured in int8 too. All these models are visited `passes` times, in other company each time,
+    and all else once; each visit goes by `rounds`, `repeats`, `warmup` and `job_ms` (`Repeats`).
     Images are coded at `image_sizes` and the backbone's own, `qualities` by format; `coder_symbols` are two sizes of a code.
     """
 

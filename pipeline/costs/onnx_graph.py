@@ -140,6 +140,8 @@ def _lower(operation: Operation, inputs: list[Node]) -> list[Node]:
         return []
     if kind == "silu":
         return _silu(operation, inputs)
+    if kind == "attention" and len(inputs) >= 3:
+        return _attention(operation, inputs)
     if kind == "adaptive_avg_pool":
         return _adaptive_pool(operation, inputs)
     if kind == "bucketize":
@@ -158,6 +160,13 @@ def _lower(operation: Operation, inputs: list[Node]) -> list[Node]:
 def _silu(operation: Operation, inputs: list[Node]) -> list[Node]:
     gate = Node("Sigmoid", inputs, operation.output, layer=operation.layer)
     return [gate, Node("Mul", [*inputs, gate], operation.output, layer=operation.layer)]
+
+
+def _attention(operation: Operation, inputs: list[Node]) -> list[Node]:
+    query, key, value = inputs[:3]
+    scores = Node("MatMul", [query, key], (*query.shape[:-1], key.shape[-2]), layer=operation.layer)
+    shares = Node("Softmax", [scores], scores.shape, layer=operation.layer)
+    return [scores, shares, Node("MatMul", [shares, value], operation.output, layer=operation.layer)]
 
 
 def _adaptive_pool(operation: Operation, inputs: list[Node]) -> list[Node]:

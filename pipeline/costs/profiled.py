@@ -65,7 +65,7 @@ def _call(node: onnx.NodeProto, shapes: Mapping[str, Shape], types: Mapping[str,
     activation = attributes.get("activation", b"")
     return KernelCall(
         ("nchwc." if node.domain == "com.microsoft.nchwc" else "") + node.op_type,
-        tuple(shapes[name] for name in read),
+        tuple(shapes[name] for name in read) or (shapes[node.output[0]],),  # what reads constants alone works on what it gives
         shapes[node.output[0]],
         weights,
         kernel,

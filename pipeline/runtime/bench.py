@@ -32,12 +32,13 @@ from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import FORMATS, Format, encode_image, open_encoded
 from pipeline.runtime.preprocess import Preprocessing
 
+BOARD = Path("/proc/device-tree/model")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 CODER_BITS = 4
 CODER_CHANNELS, CODER_IMAGES = 16, 64
 LEAST_MS = 1e-4  # ONNX Runtime's profile counts whole microseconds, and calls 0 what takes less than one
 LEAST_CALLS = 2
-MAX_IMAGE_SIZE, MAX_SYMBOLS, MAX_CALLS = 2048, 1 << 20, 10_000
+MAX_IMAGE_SIZE, MAX_SYMBOLS, MAX_CALLS = 2048, 1 << 16, 10_000
 SMALL_BYTES = 1024  # constants above this do not come back with an optimised model
 NUMBERS = {
     "tensor(float)": np.float32,
@@ -120,10 +121,12 @@ class Samples:
 
 
 class Bench(Protocol):
-    """Where jobs are timed: on this machine or on another."""
+    """Where jobs are timed: on this machine or on another, at `address`."""
+
+    address: str
 
     def describe(self) -> dict[str, Any]:
-        """`machine` (cpu, os, arch, governor where it can be read), `runtime` and `coder` (c or python)."""
+        """`machine` (cpu, os, arch; board and governor where they can be read), `runtime` and `coder` (c or python)."""
         ...
 
     def measure(self, jobs: Sequence[Work], repeats: Repeats, beside: bytes | None = None) -> list[Samples]:
@@ -138,8 +141,12 @@ class Bench(Protocol):
 class LocalBench:
     """Times on this machine."""
 
+    address = ""
+
     def describe(self) -> dict[str, Any]:
         machine = {"cpu": cpu_name(), "os": platform.system(), "arch": platform.machine()}
+        with suppress(OSError):  # on Arm: boards of one processor differ in memory, clocks and cooling
+            machine["board"] = BOARD.read_text(errors="replace").strip("\0\n ")
         with suppress(OSError):  # virtual machines and other systems have no such file
             machine["governor"] = GOVERNOR.read_text().strip()
         return {"machine": machine, "runtime": f"onnxruntime {ort.__version__}", "coder": "c" if coder.HAVE_C else "python"}

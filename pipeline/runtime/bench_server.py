@@ -17,6 +17,7 @@ from pipeline.runtime.bench_wire import Message, receive, reply, requested, send
 
 SILENCE_S = 300.0  # a client that is gone without a word keeps the agent no longer than this
 PARTING_S = 1.0
+HANDOVER_S = 2.0  # a client that closes and comes back at once is let in when it is noticed that it had left
 BUSY = "this profile agent is measuring for another client; try again when that is done, since two at once would spoil both."
 
 
@@ -31,6 +32,8 @@ def answer(bench: Bench, message: Message) -> Message:
         raise ProfileError(f"a profile agent can describe and measure, not {str(fields.get('ask'))[:40]}; check that both have the same version.")
     except CoinferError as error:
         return {"error": str(error)}, b""
+    except Exception as error:  # whatever a request holds, its client is told
+        return {"error": f"a request cannot be answered ({error!r}); check that profile agent and client have the same version."}, b""
 
 
 class _Connection(socketserver.BaseRequestHandler):
@@ -42,7 +45,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.request.settimeout(SILENCE_S)
         with contextlib.suppress(OSError):  # a client that leaves in any way ends its own connection only
             try:
-                if not self.server.free.acquire(blocking=False):
+                if not self.server.free.acquire(timeout=HANDOVER_S):
                     raise ProfileError(BUSY)
                 try:
                     while (message := receive(self.request)) is not None:

@@ -10,6 +10,7 @@ A connection is a client's until it closes it. Every message of a client is answ
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
 from collections.abc import Mapping, Sequence
@@ -156,11 +157,18 @@ def replied(fields: Mapping[str, Any], blob: bytes) -> list[Samples]:
         raise ProfileError(str(fields["error"]))
     parts = _Parts(blob)
     try:
-        found = [Samples(tuple(float(ms) for ms in row["ms"]), parts.take(row["optimised"]), tuple(row["events"])) for row in fields["samples"]]
+        found = [Samples(_times(row["ms"]), parts.take(row["optimised"]), tuple(row["events"])) for row in fields["samples"]]
         parts.end()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ProfileError(f"the profile agent's reply is not understood ({error!r}); check that both have the same version.") from None
     return found
+
+
+def _times(values: Sequence[Any]) -> tuple[float, ...]:
+    times = tuple(float(ms) for ms in values)
+    if not times or not all(math.isfinite(ms) and ms >= 0 for ms in times):
+        raise ValueError(f"{str(list(times))[:80]} as the times of a job")
+    return times
 
 
 class _Parts:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.cutting import CutPoint, cut_points, segment_modules
 from models.operations import Operation, chained, operations
 from pipeline.costs.device_profile import DeviceProfile, backbone_key
-from pipeline.costs.measure import measure_profile, untrained
+from pipeline.costs.measure import forget_kept, measure_profile, untrained
 from pipeline.costs.measure_plan import MeasurePlan
 from pipeline.files import atomic_write_json, read_json
 from pipeline.params import Params
@@ -22,7 +22,7 @@ from pipeline.paths import DATA_CARD, DevicePaths, profile_file
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
 
-MEASURE = "measure"
+MEASURE, MEASURED = "measure", "measured"
 FLOAT_BYTES = 4
 
 
@@ -52,7 +52,7 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
             profile = DeviceProfile.load(profile_file(name))
         else:
             if not measured:
-                measured.append(measure_profile("measured", params.backbone.name, model, example, cuts, MeasurePlan.load(profile_file(MEASURE))))
+                measured.append(measure_profile(MEASURED, params.backbone.name, model, example, cuts, MeasurePlan.load(profile_file(MEASURE))))
             profile = measured[0]
         if remark := profile.remark(key, cuts[-1].macs):
             remarks.add(remark)
@@ -65,6 +65,8 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     atomic_write_json(paths.cuts, rows)
     on_device.save(paths.device_profile)
     on_edge.save(paths.edge_profile)
+    if measured:
+        forget_kept(MEASURED)
 
     halves = _halves(model, example, cuts)
     device_ms = [on_device.half_ms(half) if half else 0.0 for half in halves]

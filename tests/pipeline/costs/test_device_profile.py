@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.costs.device_profile import DeviceProfile, WholeNetwork, backbone_key
+from pipeline.costs.device_profile import CALL_COLUMNS, DeviceProfile, WholeNetwork, backbone_key
 from pipeline.errors import ProfileError
 from tests.pipeline.costs.profiles import KEY, exactly, toy_profile, whole
+
+INPUTS = CALL_COLUMNS.index("inputs")
 
 
 def test_a_saved_profile_predicts_the_same_and_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -79,6 +81,15 @@ def test_a_saved_slower_device_is_as_slow_when_loaded(tmp_path: Path) -> None:
         (lambda p: p["coder"].update(decode_fixed_ms=True), "coder.decode_fixed_ms is True"),
         (lambda p: p.update(images=[]), "is wrong"),
         (lambda p: p.update(slowdown=-1), "slowdown is -1"),
+        (lambda p: p.update(slowdown=0), "slowdown is 0"),
+        (lambda p: p.update(threads=0), "threads is 0, not a whole number of 1 or more"),
+        (lambda p: p.update(threads=1.5), "threads is 1.5"),
+        (lambda p: p.update(channel_block=0), "channel_block is 0"),
+        (lambda p: p.update(nchwc_block=-8), "nchwc_block is -8"),
+        (lambda p: p["kernels"]["rows"][4].__setitem__(INPUTS, []), r"kernel 4 \(.*\) has a shape that is not .* or no inputs"),
+        (lambda p: p["kernels"]["rows"][4].__setitem__(INPUTS, "1x3x16x16"), r"kernel 4 \(.*\) has a shape"),
+        (lambda p: p["kernels"]["rows"][4].__setitem__(INPUTS, ["ab"]), r"kernel 4 \(.*\) has a shape"),
+        (lambda p: p["kernels"]["rows"][4].__setitem__(INPUTS + 1, [1, "wide"]), r"kernel 4 \(.*\) has a shape"),
     ],
 )
 def test_a_broken_profile_is_refused_with_the_place_named(tmp_path: Path, break_it: Callable[[Any], Any], message: str) -> None:
@@ -143,6 +154,8 @@ def test_a_profile_grows_by_backbones_and_sizes_of_the_same_machine_only() -> No
     assert both.name == "toy"
     with pytest.raises(ProfileError, match="threads 1 but this measurement 2; measure into another file"):
         mine.merged(replace(other, threads=2))
+    with pytest.raises(ProfileError, match="coder c but this measurement python; measure into another file"):
+        mine.merged(replace(other, coder=replace(other.coder, implementation="python")))
 
 
 def test_what_is_kept_for_one_size_is_all_that_this_size_needs() -> None:

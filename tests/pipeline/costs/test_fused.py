@@ -78,6 +78,19 @@ def test_the_kernels_of_encoders_and_decoders_are_foreseen(kind: str, stride: in
     assert Counter(kernel_calls(operations(half, example), block=this_block())) == called(model)
 
 
+def test_attention_is_foreseen_as_the_products_that_it_is_exported_as() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x[:, :, :6], x[:, :, 2:8])
+
+    example = torch.zeros(1, 2, 12, 8)
+    foreseen = kernel_calls(operations(Attention(), example), block=this_block())
+    real = called(export_onnx(Attention(), example, input_name="x", output_name="y"))
+    assert "Attention" not in {call.op for call in foreseen}
+    assert Counter(call.output for call in foreseen if "MatMul" in call.op) == Counter(call.output for call in real if "MatMul" in call.op)
+    assert {"Softmax"} <= {call.op for call in foreseen} & {call.op for call in real}
+
+
 def test_blocks_are_as_wide_as_the_device_has_them() -> None:
     half = operations(build_backbone("resnet8", 10, 16), torch.zeros(1, 3, 16, 16))
     plain, eight, sixteen = (kernel_calls(half, block=block) for block in (0, 8, 16))
@@ -89,5 +102,5 @@ def test_blocks_are_as_wide_as_the_device_has_them() -> None:
 
 def test_a_call_survives_json() -> None:
     for precision in ("fp32", "int8"):
-        for call in kernel_calls(operations(build_backbone("mobilenet_v3_small", 10, 32), torch.zeros(1, 3, 32, 32)), precision):  # type: ignore[arg-type]
+        for call in kernel_calls(operations(build_backbone("mobilenet_v3_small", 10, 32), torch.zeros(1, 3, 32, 32)), precision, block=8):  # type: ignore[arg-type]
             assert KernelCall.from_dict(json.loads(json.dumps(call.to_dict()))) == call

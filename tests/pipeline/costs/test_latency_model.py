@@ -78,7 +78,65 @@ def test_equal_measurements_give_equal_predictions_in_any_order_of_asking() -> N
     one, other = LatencyModel(kernels, []), LatencyModel(kernels, [])
     expected = [one.run_ms([call]) for call in unseen]
     assert [other.run_ms([call]) for call in reversed(unseen)][::-1] == pytest.approx(expected)
-    assert one.run_ms(unseen) == pytest.approx(sum(expected))
+    assert one.run_ms(unseen) == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_the_last_bits_of_what_was_measured_decide_nothing() -> None:
+    """Between processors NNLS, BLAS and logarithms differ as much."""
+    draw = random.Random(3)
+    calls = [drawn(draw) for _ in range(300)]
+    unseen = [drawn(draw) for _ in range(60)]
+    models = []
+    for _ in range(2):
+        times = {call: made_up_ms(call) * (1 + draw.choice((-1, 0, 1)) * 2**-52) for call in calls}
+        runs = [run(calls[start : start + 7], 0.02 + 0.7 * sum(times[call] for call in calls[start : start + 7])) for start in range(0, 280, 7)]
+        models.append(LatencyModel([KernelTime(call, ms) for call, ms in times.items()], runs))
+    one, other = ([model.run_ms([call]) for call in unseen] for model in models)
+    assert one == other
+
+
+def linear(rows: int, inputs: int, outputs: int) -> KernelCall:
+    return KernelCall("Gemm", ((rows, inputs),), (rows, outputs), (outputs, inputs))
+
+
+def test_no_kernel_beats_the_most_multiply_accumulates_a_millisecond_that_were_measured() -> None:
+    """Linear layers of one row, all that a classifier has, read a weight for each multiply-accumulate: of what many rows take they say nothing."""
+    one_row = [linear(1, 16 * n, 16 * m) for n in range(1, 9) for m in range(1, 9)]
+    convs = [conv(8 * n, 64, 16) for n in range(1, 9)]
+    times = {call: 0.001 + math.prod(call.weights) / 1e6 for call in one_row} | {
+        call: 0.001 + math.prod(call.output) * call.weights[1] * 9 / 1e7 for call in convs
+    }
+    model = LatencyModel([KernelTime(call, ms) for call, ms in times.items()], [])
+    (many_rows,) = model.kernel_ms([linear(500, 128, 128)])
+    assert many_rows >= 500 * 128 * 128 / 1e7
+
+
+def test_a_product_of_two_tensors_takes_longer_the_more_it_multiplies() -> None:
+    model = LatencyModel([KernelTime(conv(8 * n, 64, 16), 0.1 * n) for n in range(1, 9)], [])
+    few, many = model.kernel_ms([KernelCall("MatMul", ((1, 4, 64, width), (1, 4, width, 64)), (1, 4, 64, 64)) for width in (64, 6400)])
+    assert many > 10 * few
+
+
+def test_a_way_of_working_of_which_few_kernels_are_known_goes_by_its_operator() -> None:
+    usual = {conv(8 * n, 8 * m, 16, 3): 0.01 + 8 * n * 8 * m * 9 * 256 / 1e7 for n in range(1, 9) for m in range(1, 9)}
+    odd = conv(64, 64, 16, 1)  # measured in a bad moment
+    model = LatencyModel([KernelTime(call, ms) for call, ms in {**usual, odd: 50.0}.items()], [])
+    (alike,) = model.kernel_ms([conv(64, 56, 16, 1)])
+    assert alike < 10
+
+
+def test_without_a_run_in_integers_they_take_what_their_kernels_took() -> None:
+    kernels = [KernelTime(call, made_up_ms(call)) for call in (conv(16, 16, 8), quantised(16, 16, 8))]
+    model = LatencyModel(kernels, [run([kernels[0].call] * count, count * kernels[0].ms) for count in range(1, 9)])
+    assert model.run_ms([kernels[1].call]) == pytest.approx(kernels[1].ms, rel=0.1)
+
+
+def test_silu_is_computed_in_floats() -> None:
+    """Its kernel, QuickGelu, begins with the letter of the integer ones, which runs correct by another factor."""
+    silu = KernelCall("QuickGelu", ((1, 8, 16, 16),), (1, 8, 16, 16))
+    kernels = [KernelTime(call, ms) for call, ms in ((conv(16, 16, 8), 0.1), (quantised(16, 16, 8), 0.1), (silu, 0.1))]
+    runs = [run([kernels[number].call] * count, share * 0.1 * count) for number, share in ((0, 0.5), (1, 1.0)) for count in range(1, 9)]
+    assert LatencyModel(kernels, runs).run_ms([silu] * 4) == pytest.approx(0.5 * 0.1 * 4, rel=0.1)
 
 
 def test_a_kernel_of_a_kind_never_measured_still_takes_some_time() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import yaml
 from models.cutting import cut_points
 from pipeline.cli import app
 from pipeline.costs.device_profile import DeviceProfile
-from pipeline.costs.measure import measure_into
+from pipeline.costs.measure import forget_kept, measure_into
 from pipeline.costs.random_halves import random_halves
 from pipeline.costs.remote_bench import RemoteBench
-from pipeline.errors import Interrupted, ParamsError, ProfileError
+from pipeline.errors import CoinferError, Interrupted, ParamsError, ProfileError
 from pipeline.params import Params
 from pipeline.paths import STATE
 from pipeline.runtime.bench import LocalBench, Repeats, Samples, Work
@@ -80,17 +81,39 @@ def test_an_agent_gives_the_same_kind_of_profile_and_both_can_be_merged(measured
     assert DeviceProfile.load(BENCH).to_dict() == there.to_dict()
 
 
+class Idle(LocalBench):
+    def measure(self, jobs: Sequence[Work], repeats: Repeats, beside: bytes | None = None) -> list[Samples]:
+        pytest.fail("measured before it was refused")
+
+
 def test_a_profile_of_another_machine_is_not_extended_nor_measured_for(workdir: Path, digits_params: Params) -> None:
     toy_profile().save(BENCH)
     before = BENCH.read_bytes()
-
-    class Idle(LocalBench):
-        def measure(self, jobs: Sequence[Work], repeats: Repeats, beside: bytes | None = None) -> list[Samples]:
-            pytest.fail("measured before it was refused")
-
     with pytest.raises(ProfileError, match=r"profile toy has machine .* but this measurement .*; measure into another file"):
         measure_into(digits_params, BENCH, Idle())
     assert BENCH.read_bytes() == before
+
+
+def test_a_slowed_profile_and_one_with_another_coder_are_not_measured_for(workdir: Path, digits_params: Params) -> None:
+    here = LocalBench().describe()
+    mine = replace(toy_profile(), machine=here["machine"], runtime=here["runtime"], threads=QUICK_PLAN["threads"])
+    mine.slowed(5).save(BENCH)
+    with pytest.raises(ProfileError, match=r"profile toy has slowdown 5\.0 but this measurement 1\.0"):
+        measure_into(digits_params, BENCH, Idle())
+    replace(mine, coder=replace(mine.coder, implementation="rust")).save(BENCH)
+    with pytest.raises(ProfileError, match=r"profile toy has coder rust but this measurement"):
+        measure_into(digits_params, BENCH, Idle())
+
+
+@pytest.mark.parametrize("said", [{"optimised": b"no model"}, {"events": ({"cat": "Node"},)}])
+def test_a_bench_that_says_what_nobody_understands_is_one_sentence(workdir: Path, digits_params: Params, said: dict[str, Any]) -> None:
+    class Odd(LocalBench):
+        def measure(self, jobs: Sequence[Work], repeats: Repeats, beside: bytes | None = None) -> list[Samples]:
+            return [replace(samples, **said) for samples in super().measure(jobs, repeats, beside)]
+
+    with pytest.raises(ProfileError, match=r"what ONNX Runtime says of its run is not understood \(.*\); delete \.coinfer/profiling/\w+ and measure") as caught:
+        measure_into(digits_params, BENCH, Odd())
+    assert "\n" not in str(caught.value)
 
 
 class Remembering(LocalBench):
@@ -107,16 +130,21 @@ class Remembering(LocalBench):
 
 
 def test_an_interrupted_measurement_goes_on_where_it_was(workdir: Path, digits_params: Params) -> None:
-    first, second = Remembering(interrupted_at=2), Remembering()
-    with pytest.raises(Interrupted, match=r"measuring was interrupted; what is measured is kept in \.coinfer/profiling, run it again to go on from there"):
+    first, second, third = Remembering(interrupted_at=2), Remembering(), Remembering()
+    with pytest.raises(Interrupted, match=r"measuring was interrupted; what is measured is kept in \.coinfer/profiling/\w+, run it again to go on from there"):
         measure_into(digits_params, BENCH, first)
     assert not BENCH.exists()
-    kept = sorted((STATE / "profiling").iterdir())
+    forget_kept("other")
+    forget_kept("bench", RemoteBench("192.168.1.20:7071"))
+    kept = sorted((STATE / "profiling").glob("*/*"))
     assert len(kept) == len(first.done) == 2
     kept[0].write_bytes(b"damaged")
-    measure_into(digits_params, BENCH, second)
+    with pytest.raises(CoinferError, match=r"cannot write"):
+        measure_into(digits_params, Path("params.yaml/bench.json"), second)
     assert sum(jobs in first.done for jobs in second.done) == 1, "only what was damaged is measured again"
     assert len(second.done) > 1
+    measure_into(digits_params, BENCH, third)
+    assert not third.done, "what could not be written is not measured again"
     assert set(DeviceProfile.load(BENCH).networks) == {KEY}
     assert not (STATE / "profiling").exists()
     assert {file.suffix for file in Path("profiles").iterdir()} == {".json"}

@@ -89,3 +89,10 @@ def test_a_machine_says_what_it_is():
     assert {"cpu", "os", "arch"} <= described["machine"].keys()
     assert described["runtime"].startswith("onnxruntime ")
     assert described["coder"] in ("c", "python")
+
+
+def test_boards_of_one_processor_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.bench.BOARD", tmp_path / "model")
+    assert "board" not in LocalBench().describe()["machine"]
+    (tmp_path / "model").write_bytes(b"Raspberry Pi 4 Model B Rev 1.4\0")
+    assert LocalBench().describe()["machine"]["board"] == "Raspberry Pi 4 Model B Rev 1.4"
