@@ -27,7 +27,7 @@ from pipeline.search.pareto import Trial
 
 BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20", "three-step": "three_step", "pruning": "pruned-half"}
 TARGETS = ("README.md", "docs/split.md")
-WORDS = ("cut", "codec", "precision")  # columns of trials.csv that are no JSON
+WORDS = ("cut", "codec", "precision", "image_format")  # columns of trials.csv that are no JSON
 WAYS = ("split", "device_only", "edge_only")
 
 
