@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,10 @@ from pipeline.search.candidate import OUTPUT, Candidate, Measurement
 from pipeline.search.ddpg import DdpgSearcher, DdpgSettings
 from pipeline.search.layer import Layer
 from pipeline.search.limits import Limits
+from pipeline.search.optuna import NsgaSearcher, TpeSearcher
 from pipeline.search.pareto import Trial
 from pipeline.search.searcher import Searcher
+from pipeline.search.simple import RandomSearcher
 from pipeline.search.space import Space
 
 LIMITS = Limits(floor=0.0, memory_mb=1.0)
@@ -151,22 +153,40 @@ def _ddpg(problem: Problem, seed: int, evaluations: int) -> Searcher:
     return DdpgSearcher(problem.space, problem, LIMITS, settings, seed=seed, trials=evaluations, budget_ms=problem.budget_ms)
 
 
-SEARCHERS: Mapping[str, Callable[[Problem, int, int], Searcher]] = {"ddpg": _ddpg}
+SEARCHERS: Mapping[str, Callable[[Problem, int, int], Searcher]] = {
+    "ddpg": _ddpg,
+    "tpe": lambda problem, seed, evaluations: TpeSearcher(problem.space, LIMITS, "latency_ms", seed=seed),
+    "nsga2": lambda problem, seed, evaluations: NsgaSearcher(problem.space, LIMITS, "latency_ms", seed=seed),
+    "random": lambda problem, seed, evaluations: RandomSearcher(problem.space, seed=seed),
+}
+
+
+def _for_reward(problem: Problem, trial: Trial) -> Trial:
+    """`trial` as one of several objectives sees it of which only the first, the reward, differs; the budget is a limit like that on memory."""
+    assert trial.measurement is not None
+    measured = trial.measurement
+    reward = measured.accuracy - problem.weight * measured.total_ms / problem.total_ms([1.0] * len(problem.keep))
+    share = measured.total_ms / problem.budget_ms if problem.budget_ms is not None else 0.0
+    return replace(trial, measurement=replace(measured, accuracy=reward, total_ms=1.0, device_memory_mb=share * LIMITS.memory_mb))
 
 
 def run(searcher_name: str, problem: Problem, seed: int, evaluations: int) -> list[Trial]:
     """Let the searcher have `evaluations` of `problem`, the baselines not counted nor given; a candidate proposed again is no evaluation."""
     searcher = SEARCHERS[searcher_name](problem, seed, evaluations)
+
+    def told(trial: Trial) -> Trial:
+        return trial if searcher_name == "ddpg" else _for_reward(problem, trial)  # the agent makes the reward itself
+
     baselines = problem.space.baselines()
     for number, candidate in enumerate(baselines):
-        searcher.tell(Trial(number, candidate, problem.measure(candidate)))
+        searcher.tell(told(Trial(number, candidate, problem.measure(candidate))))
     trials: list[Trial] = []
     seen: dict[Candidate, int] = {}
     for number in range(len(baselines), len(baselines) + PROPOSALS_PER_EVALUATION * evaluations):
         candidate = searcher.ask(number)
         trial = Trial(number, candidate, problem.measure(candidate), duplicate_of=seen.get(candidate))
         seen.setdefault(candidate, number)
-        searcher.tell(trial)
+        searcher.tell(told(trial))
         if trial.duplicate_of is None:
             trials.append(trial)
         if len(trials) == evaluations:

