@@ -117,11 +117,6 @@ class Costing:
         """(C, H, W) or (C,) of what crosses at `cut`, uncoded and unpruned."""
         return self._points[cut].shape
 
-    def device_ms(self, candidate: Candidate) -> float:
-        """Predicted time of preprocessing, device half and encoding; raises as `measurement`."""
-        parts = self._predicted(candidate).parts
-        return parts["device_ms"] + parts["encode_ms"]
-
     def bound_ms(self, candidate: Candidate) -> float:
         """Predicted end-to-end latency with the code as large as uncoded: never below what is then measured; raises as `measurement`."""
         known = self._predicted(candidate)
