@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,21 +16,25 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import nn
 
+from benchmarks.fronts import Place, evaluators, lanes_of_one_thread, prepared
+from benchmarks.results_file import figure
 from models.channel_plan import rebuild
 from models.codec import RateCodec
 from models.cutting import split
-from pipeline.data import Split
+from pipeline.data import Split, load_split
 from pipeline.distilling import Distiller
 from pipeline.errors import CoinferError
 from pipeline.inference import accuracy, recalibrated
 from pipeline.networks import split_network
-from pipeline.params import Finetune
+from pipeline.params import Finetune, load_params
 from pipeline.search.candidate import OUTPUT, Candidate
 from pipeline.search.evaluator import Evaluator
 from pipeline.search.problem import Problem
 from pipeline.split_distilling import SplitDistiller
 from pipeline.training import DataModule, fit
 
+CANDIDATES, SEED, SHARED_BY = 24, 0, 200
+KEPT = Path("judged")
 WITHIN = 0.05  # of the best: what is farther off is easily told apart
 STATISTICS_IMAGES = 1024
 MOST_DRAWS = 40  # for each candidate wanted
@@ -115,15 +122,15 @@ def finetuned(problem: Problem, candidate: Candidate, train: Split, settings: Fi
     return lesson.network
 
 
-def judged(evaluator: Evaluator, found: Estimate, train: Split, settings: Finetune, label_smoothing: float, seed: int) -> Judged:
-    """One row of the comparison: `found` fine-tuned, and judged by the validation images of the `evaluator`."""
+def judged(problem: Problem, found: Estimate, train: Split, validation: Split, settings: Finetune, label_smoothing: float, seed: int) -> Judged:
+    """One row of the comparison: `found` fine-tuned, and judged by `validation`."""
     start = time.process_time()
-    network = finetuned(evaluator.problem, found.candidate, train, settings, label_smoothing, seed, found.payload_bits)
+    network = finetuned(problem, found.candidate, train, settings, label_smoothing, seed, found.payload_bits)
     finetune_s = time.process_time() - start
-    return Judged(found.candidate.to_dict(), found.accuracy, accuracy(network, evaluator.validation), found.trial_s, finetune_s)
+    return Judged(found.candidate.to_dict(), found.accuracy, accuracy(network, validation), found.trial_s, finetune_s)
 
 
-def summary(rows: Sequence[Judged], training_s: float = 0.0, shared_by: int = 200) -> dict[str, float]:
+def summary(rows: Sequence[Judged], training_s: float = 0.0, shared_by: int = SHARED_BY) -> dict[str, float]:
     """Rank correlations, and what a trial costs as a share of fine-tuning, also with the supernet's `training_s` shared by so many trials."""
     estimated, tuned = ([getattr(row, name) for row in rows] for name in ("estimated", "finetuned"))
     trial_s, finetune_s = (float(np.median([getattr(row, name) for row in rows])) for name in ("trial_s", "finetune_s"))
@@ -133,3 +140,43 @@ def summary(rows: Sequence[Judged], training_s: float = 0.0, shared_by: int = 20
         "cost_ratio": trial_s / finetune_s,
         "cost_ratio_shared": (trial_s + training_s / shared_by) / finetune_s,
     }
+
+
+def compared(place: Place) -> dict[str, Any]:
+    """24 random candidates of `place` that trials put near the best, each fine-tuned as the example's params say; two at a time, kept one by one."""
+    params = prepared(place)
+    evaluator, _ = evaluators(place)
+    KEPT.mkdir(exist_ok=True)
+    drawn = KEPT / "drawn.json"
+    if not drawn.exists():
+        found = candidates_near_the_best(evaluator, CANDIDATES, SEED)
+        drawn.write_text(json.dumps([{**asdict(estimate), "candidate": estimate.candidate.to_dict()} for estimate in found]))
+    with lanes_of_one_thread() as lanes:
+        rows = []
+        for future in [lanes.submit(_compared, place, number) for number in range(CANDIDATES)]:
+            rows.append(future.result())
+            print(f"evaluator: {len(rows)} of {CANDIDATES} fine-tuned", file=sys.stderr, flush=True)
+    return {"judged": rows, "epochs": params.finetune.epochs, "supernet_s": json.loads(Path("supernet-seconds.json").read_text())}
+
+
+def _compared(place: Place, number: int) -> dict[str, Any]:
+    evaluator, whole = evaluators(place)
+    kept = KEPT / f"{number}.json"
+    if not kept.exists():
+        params, fields = load_params(), json.loads((KEPT / "drawn.json").read_text())[number]
+        estimate = Estimate(**{**fields, "candidate": Candidate.from_dict(fields["candidate"])})
+        row = judged(evaluator.problem, estimate, load_split("train"), whole.validation, params.finetune, params.pretrain.label_smoothing, SEED)
+        kept.write_text(json.dumps(asdict(row)))
+    return json.loads(kept.read_text())  # type: ignore[no-any-return]
+
+
+def figures(raw: dict[str, Any]) -> dict[str, Any]:
+    rows = [Judged(**row) for row in raw["judged"]]
+    found, tuning = summary(rows, raw["supernet_s"]), f"fine-tuning for {raw['epochs']} epochs"
+    said = {
+        "spearman": f"of the accuracy that trials give and that after {tuning}, candidates within {100 * WITHIN:g} points of the best trial",
+        "kendall": "tau-b, of the same",
+        "cost_ratio": f"processor seconds of a trial over those of {tuning}, medians",
+        "cost_ratio_shared": f"the same, with the supernet's training shared by {SHARED_BY} trials",
+    }
+    return {f"evaluator_{key}": figure(found[key], "", how, n=len(rows)) for key, how in said.items()}

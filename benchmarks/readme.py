@@ -14,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.end_to_end import RATES_MBPS, RTTS_MS, SLOWDOWNS
 from benchmarks.results_file import RESULTS, ROOT, track
+from benchmarks.search_pictures import fronts as all_fronts
+from benchmarks.search_pictures import predicted, progress, ranked
+from benchmarks.search_tables import search_tables
 from benchmarks.three_step_figures import pooled
 from benchmarks.three_step_pictures import against_macs, fronts, over_links, over_noise, short_name
 from benchmarks.three_step_points import CUTS, VECTOR
@@ -25,15 +28,16 @@ from pipeline.search.figure import pareto_figure
 from pipeline.search.limits import Limits
 from pipeline.search.pareto import Trial
 
-BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20", "three-step": "three_step", "pruning": "pruned-half"}
-TARGETS = ("README.md", "docs/split.md")
+BLOCKS = {"quickstart": "quickstart-digits", "cifar10": "cifar10-resnet20", "three-step": "three_step", "pruning": "pruned-half", "search": "search"}
+TARGETS = ("README.md", "docs/split.md", "docs/search.md")
+IN_DOCS = ("search",)  # whose pictures are shown one folder down
 WORDS = ("cut", "codec", "precision", "image_format")  # columns of trials.csv that are no JSON
 WAYS = ("split", "device_only", "edge_only")
 
 
 def table(name: str, results: dict[str, Any]) -> str:
     """The Markdown table of one results file."""
-    return {"three_step": three_step_table, "pruned-half": pruned_half_table}.get(name, pipeline_table)(results)
+    return {"three_step": three_step_table, "pruned-half": pruned_half_table, "search": search_tables}.get(name, pipeline_table)(results)
 
 
 def pruned_half_table(results: dict[str, Any]) -> str:
@@ -176,7 +180,19 @@ def pictures(name: str, results: dict[str, Any]) -> dict[str, Any]:
     """File name -> figure."""
     if name == "pruned-half":
         return {}
+    if name == "search":
+        return search_pictures(results)
     return three_step_pictures(results) if name == "three_step" else pipeline_pictures(name, results)
+
+
+def search_pictures(results: dict[str, Any]) -> dict[str, Any]:
+    raw, found = results["raw"], dict[str, Any]()
+    for place, runs in raw.get("fronts", {}).items():
+        found |= {f"search-fronts-{place}.png": all_fronts(runs, place), f"search-hypervolume-{place}.png": progress(runs, place)}
+    for part, draw in (("predictor", predicted), ("evaluator", ranked)):
+        if part in raw:
+            found[f"search-{part}.png"] = draw(raw[part])
+    return found
 
 
 def three_step_pictures(results: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +231,9 @@ def readme(text: str) -> str:
         if not path.exists():
             continue
         results = json.loads(path.read_text())
-        images = " ".join(f"![{file.removeprefix(f'{name}-').removesuffix('.png')}](results/{file})" for file in pictures(name, results))
+        images = " ".join(
+            f"![{file.removeprefix(f'{name}-').removesuffix('.png')}]({'../' * (name in IN_DOCS)}results/{file})" for file in pictures(name, results)
+        )
         body = "\n\n".join(part for part in (table(name, results), images) if part)
         text = re.sub(rf"(<!-- results:{block} -->\n).*?(<!-- /results -->)", lambda found: f"{found[1]}{body}\n{found[2]}", text, flags=re.S)  # noqa: B023
     return text

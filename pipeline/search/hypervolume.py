@@ -5,11 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import moocore  # type: ignore[import-untyped]
 import numpy as np
 
-from pipeline.search.candidate import Measurement
+
+class Measured(Protocol):
+    """What is compared of a measurement."""
+
+    @property
+    def accuracy(self) -> float: ...
+
+    @property
+    def total_ms(self) -> float: ...
+
+    @property
+    def wire_bytes(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -23,12 +35,12 @@ class Box:
     best: tuple[float, float, float]
 
     @classmethod
-    def around(cls, reference: tuple[float, float, float], measurements: Iterable[Measurement]) -> Box:
+    def around(cls, reference: tuple[float, float, float], measurements: Iterable[Measured]) -> Box:
         """From `reference` to the best that any of `measurements` has on each axis: for fronts that are to be compared, their union."""
         found = [reference, *((m.accuracy, m.total_ms, m.wire_bytes) for m in measurements)]
         return cls(reference, (max(row[0] for row in found), min(row[1] for row in found), min(row[2] for row in found)))
 
-    def losses(self, measurements: Iterable[Measurement]) -> np.ndarray:
+    def losses(self, measurements: Iterable[Measured]) -> np.ndarray:
         """(N, 3), 1 at the reference and 0 at the best."""
         reference, best = _axes(*self.reference), _axes(*self.best)
         spans = [worst - good or 1.0 for worst, good in zip(reference, best, strict=True)]  # an axis without extent holds no volume
@@ -42,7 +54,7 @@ def _axes(accuracy: float, total_ms: float, wire_bytes: float) -> tuple[float, f
     return -accuracy, math.log(total_ms), math.log(max(wire_bytes, 1.0))
 
 
-def hypervolume(measurements: Sequence[Measurement], box: Box) -> float:
+def hypervolume(measurements: Sequence[Measured], box: Box) -> float:
     """Volume between the reference and what `measurements` dominate, in units of `box`; 0 where none beats the reference on every axis."""
     losses = box.losses(measurements)
     inside = losses[(losses < 1).all(axis=1)]
