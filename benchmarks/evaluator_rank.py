@@ -69,12 +69,7 @@ def random_candidate(problem: Problem, rng: np.random.Generator) -> Candidate:
 
     space = problem.space()
     cut = pick([*space.codes, *([OUTPUT] if problem.legal_keep(OUTPUT) else [])])
-    keep = tuple((name, float(pick(ratios))) for name, ratios in problem.legal_keep(cut).items())
-    if cut == OUTPUT:
-        return Candidate(cut, keep)
-    spec = pick(problem.specs(cut))
-    rate = spec.rate_weight if spec.kind == "rate" else None
-    return Candidate(cut, keep, spec.code_channels, spec.stride, spec.bits, codec=spec.kind, rate_weight=rate, points=spec.points)
+    return space.suggest_at(cut, lambda _, choices: pick(choices))
 
 
 def candidates_near_the_best(evaluator: Evaluator, count: int, seed: int) -> list[Estimate]:

@@ -1,4 +1,4 @@
-"""Every codec by the name that `codec.kind` gives it."""
+"""Every codec by the name that `search.codecs` and `CodecSpec.kind` give it."""
 
 from __future__ import annotations
 

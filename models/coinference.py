@@ -68,7 +68,9 @@ class CoInference(nn.Module):
             ModelError: it has none.
         """
         if not isinstance(self.codec, SymbolCodec):
-            raise ModelError(f"codec {self.codec.kind} sends no symbols a frame could carry and can only be evaluated; choose another codec.kind to export.")
+            raise ModelError(
+                f"codec {self.codec.kind} sends no symbols a frame could carry and can only be evaluated; leave it out of search.codecs to export."
+            )
         return self.codec
 
     def _half(self, *parts: nn.Module) -> nn.Module:

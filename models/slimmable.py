@@ -36,7 +36,7 @@ class SlimmableCodec(nn.Module):
         super().__init__()
         self.specs, self.shape = tuple(dict.fromkeys(specs)), tuple(shape)
         if len({spec.kind for spec in self.specs}) != 1:
-            raise ModelError(f"slimmable codec: {len(self.specs)} specs of several kinds or none; give those of one codec.kind.")
+            raise ModelError(f"slimmable codec: {len(self.specs)} specs of several kinds or none; give those of one.")
         self._shells: dict[tuple[CodecSpec, int], FeatureCodec] = {}
         self.weights = nn.ParameterDict()
         for spec in sorted(self.specs, key=lambda spec: -spec.code_channels):  # the widest codec that has a tensor gives it its shape

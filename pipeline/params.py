@@ -20,6 +20,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Precision = Literal["auto", "fp32", "bf16"]
+MOVED = {"codec.kind": "search.codecs, a list,"}  # what older files call otherwise
 
 
 class Section(BaseModel):
@@ -69,9 +70,6 @@ class Pretrain(Training):
 
 
 class Codec(Section):
-    kind: Literal["uniform", "codebook", "rate", "multi-rate", "raw-8bit", "raw-fp32", "jscc-awgn", "jscc-bec", "jscc-bsc"] = Field(
-        "uniform", description="how the feature is sent (docs/split.md); `raw-fp32` and the jscc kinds are trained and evaluated, but cannot be exported"
-    )
     shares: list[Fraction] = Field([1.0, 0.5, 0.25], min_length=1, description="multi-rate: of the code's channels, at each operating point, most first")
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field([4, 3, 2], min_length=1, description="multi-rate: of a symbol, at each of these points")
     commitment: NonNegative = Field(0.25, description="codebook: weight of the pull of the code towards its nearest value")
@@ -169,6 +167,11 @@ class Search(Section):
     keep: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         min_length=1, description="kept fractions of each group of channels that can only be pruned together; 0 drops blocks with a shortcut"
     )
+    codecs: list[Literal["uniform", "codebook", "rate", "multi-rate", "raw-8bit", "raw-fp32", "jscc-awgn", "jscc-bec", "jscc-bsc"]] = Field(
+        ["uniform"],
+        min_length=1,
+        description="how the feature is sent (docs/split.md); `raw-fp32` and the jscc kinds are trained and evaluated, but cannot be exported",
+    )
     code_channels: list[Count] = Field(min_length=1, description="channels of the code")
     strides: list[Literal[1, 2, 4, 8]] = Field(min_length=1, description="spatial strides of the encoder")
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field(min_length=1, description="bits a symbol")
@@ -196,12 +199,20 @@ class Search(Section):
                 raise ValueError(f"{name} is never lossless; choose qualities of at most {LOSSLESS - 1}")
         return images
 
-    @field_validator("keep", "code_channels", "strides", "bits", "precision", "rate_weights")
+    @field_validator("keep", "codecs", "code_channels", "strides", "bits", "precision", "rate_weights")
     @classmethod
     def _distinct(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) != len(values):
             raise ValueError("values repeat; name each once")
         return values
+
+    @field_validator("codecs")
+    @classmethod
+    def _raw_alone(cls, kinds: list[str]) -> list[str]:
+        raw = [kind for kind in kinds if kind.startswith("raw")]
+        if raw and len(kinds) > 1:
+            raise ValueError(f"{raw[0]} sends the whole feature of a half that nothing is pruned from, another space than the rest; search it alone")
+        return kinds
 
 
 class Objective(Section):
@@ -299,7 +310,8 @@ def _explain(item: Any) -> str:
             else:
                 model = field.annotation
         known = ", ".join(getattr(model, "model_fields", {}))
-        return f"{path} is not a parameter; known here: {known}."
+        moved = f"it is {MOVED[path]} now; " if path in MOVED else ""
+        return f"{path} is not a parameter; {moved}known here: {known}."
     if item["type"] == "missing":
         return f"{path} is missing; add it (docs/params.md says what it means)."
     message = item["msg"].removeprefix("Value error, ")

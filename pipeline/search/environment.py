@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.errors import CoinferError
 from pipeline.search.candidate import OUTPUT, Candidate
 from pipeline.search.layer import Layer
-from pipeline.search.space import Space
+from pipeline.search.space import WITH_BITS, Space
 
 RAW_BITS = 32  # of an uncoded element
 MOST_BITS = 8
@@ -58,21 +58,24 @@ class Step:
 
 
 def steps_at(space: Space, costing: Costing, cut: str) -> tuple[Step, ...]:
-    """The choices of an episode at `cut` in their order: groups to prune, then code width, stride, bits and whatever else the space asks for.
+    """The choices of an episode at `cut` in their order: groups to prune, then codec, code width, stride, bits and whatever else the space asks for.
 
+    They are all that the space may ask for at the cut. What it does not ask for after some choices, as with a dropped block or another codec, stays a step
+    that changes nothing, so that every episode has as many.
     A kept fraction is its own position, a code width w lies at w / widest, a stride s at 1/s, n bits at (n - 1)/7 (METHODS: 1 + round(7a)); values
     of other parameters lie evenly, numbers falling, since a greater rate weight keeps less.
     """
-    asked: list[tuple[str, Sequence[Any]]] = []
+    asked: dict[str, Sequence[Any]] = {}
 
-    def last(name: str, values: Sequence[Any]) -> Any:
-        asked.append((name, values))
-        return values[-1]  # a block kept, so that its groups are asked for too
+    def last(codec: str, name: str, values: Sequence[Any]) -> Any:
+        asked.setdefault(name, values)
+        return codec if name == "codec" else values[-1]  # a block kept, so that its groups are asked for too
 
-    space.suggest_at(cut, last)
+    for codec in space.codecs:
+        space.suggest_at(cut, functools.partial(last, codec))
     layers = costing.layers(cut)
     steps = []
-    for number, (name, values) in enumerate(asked):
+    for number, (name, values) in enumerate(asked.items()):
         layer = layers[number] if number < len(layers) else None
         if layer is not None:
             places = {value: value for value in values}
@@ -156,7 +159,7 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
             return None
         try:
             chosen = self.space.choices(candidate)
-            # what goes with a dropped block is not asked for, and whole as far as an episode is concerned
+            # what is not asked for, with a dropped block or another codec, counts as the last of its values, whatever an episode was told there
             levels = tuple(step.values.index(chosen.get(step.name, step.values[-1])) for step in self.steps[candidate.cut])
         except ValueError:
             return None
@@ -183,6 +186,9 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
         """Take the step, clipped by the wall; info tells the action taken, and at the end the candidate."""
         step = self.steps[self.cut][self._done]
         level = self._admit(step.level(float(action[0])))
+        if step.name not in self.space.choices(self.candidate(self.cut, self._carried)):
+            level = len(step.values) - 1  # as `levels` has it, so that a candidate looks the same however it came about
+            self._carried = (*self._carried[: self._done], level, *self._carried[self._done + 1 :])
         self._done += 1
         over = self._done == len(self._carried)
         info: dict[str, Any] = {"action": float(step.positions[level])}
@@ -257,7 +263,8 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
         channels, *area = self.costing.feature_shape(self.cut)
         coded = {step.name: step.values[level] for step, level in zip(self.steps[self.cut][: self._done], self._carried, strict=False)}
         symbols = coded.get("code_channels", channels) / channels / coded.get("stride", 1) ** len(area)
-        return float(symbols * coded.get("bits", RAW_BITS) / RAW_BITS)
+        bits = coded.get("bits", RAW_BITS) if coded.get("codec", self.space.codecs[0]) in WITH_BITS else MOST_BITS
+        return float(symbols * bits / RAW_BITS)
 
     def _left(self) -> float:
         """Share of the budget that the cheapest completion leaves; without a budget, of what the whole takes."""

@@ -22,7 +22,7 @@ Importances = dict[str, dict[str, float]]  # what is explained -> parameter -> s
 
 
 def importances(trials: Sequence[Trial], space: Space, seed: int) -> Importances:
-    """fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) of accuracy and of the logarithm of latency over cut, mean kept fraction, code and precision.
+    """fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) of accuracy and of the logarithm of latency over cut, mean kept fraction, codec, code and precision.
 
     Parameters that never varied are left out; nothing is said of fewer than ten splits.
     """
@@ -65,11 +65,13 @@ def importances_csv(found: Mapping[str, Mapping[str, float]]) -> str:
 def _parameters(candidate: Candidate, space: Space) -> dict[str, float | str]:
     """The parameters that every split has; numbers as floats, sizes by their logarithm as they act."""
     groups, keep = space.keep(candidate.cut), dict(candidate.keep)
+    assert candidate.codec is not None
     assert candidate.code_channels is not None
     assert candidate.stride is not None
     assert candidate.bits is not None
     return {
         "cut": candidate.cut,
+        "codec": candidate.codec,
         "mean kept fraction": sum(keep.get(name, 1.0) for name in groups) / len(groups) if groups else 1.0,
         "code_channels": math.log2(candidate.code_channels),
         "stride": math.log2(candidate.stride),

@@ -117,7 +117,7 @@ class NsgaSearcher(_Study):
         names = {"cut": None}  # a dict for its order
         for cut in space.cuts:
             names |= {f"keep {name}": None for name in space.keep(cut)}
-        names |= dict.fromkeys(("code_channels", "stride", "bits", "rate_weight", "precision"))
+        names |= dict.fromkeys((*["codec"] * (len(space.codecs) > 1), "code_channels", "stride", "bits", "rate_weight", "precision"))
         self._measured = 0
         self._counter = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
         self._genes: dict[str, BaseDistribution] = {name: FloatDistribution(0, 1) for name in names}

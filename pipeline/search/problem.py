@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,23 +52,22 @@ class Problem:
             if channels and strides:
                 codes[point.name] = (channels, strides)
         settings = self.settings
-        several = self.codec.kind == "multi-rate"
         return Space(
             codes,
-            [8] if several or self._raw or self.codec.kind.startswith("jscc") else settings.bits,
+            settings.bits,
             [(image_format, quality) for image_format, qualities in settings.images.items() for quality in qualities],
             self.legal_keep,
-            self.codec.kind,
+            settings.codecs,
             settings.rate_weights,
             settings.precision,
-            list(zip(self.codec.shares, self.codec.bits, strict=True)) if several else (),
+            list(zip(self.codec.shares, self.codec.bits, strict=True)),
             self.groups_inside,
         )
 
     @property
     def _raw(self) -> bool:
-        """Whether features cross as they are: all channels, at every place."""
-        return self.codec.kind.startswith("raw")
+        """Whether features cross as they are: all channels, at every place. No other codec is then beside that one (`params.Search`)."""
+        return self.settings.codecs[0].startswith("raw")
 
     def _coded_cuts(self) -> list[CutPoint]:
         """Where a codec fits: at maps, or at vectors where all are, since what pools a map to a vector on the device classifies there (METHODS 3)."""
@@ -75,9 +75,9 @@ class Problem:
         return [point for point in fitting if len(point.shape) == 3] or fitting
 
     def _check_settings(self) -> None:
-        if self.codec.kind.startswith("jscc"):
+        for kind in (kind for kind in self.settings.codecs if kind.startswith("jscc")):
             try:
-                check_noise(self.codec.kind, *self.codec.noise)
+                check_noise(kind, *self.codec.noise)
             except ModelError as error:
                 raise ParamsError(f"codec.noise: {error}") from None
         shapes = [point.shape for point in self._coded_cuts()] if not self._raw else []
@@ -161,14 +161,12 @@ class Problem:
         space = self.space()
         if self._raw or cut not in space.codes:
             return []
-        channels, strides = space.codes[cut]
-        rates = self.settings.rate_weights if self.codec.kind == "rate" else [None]
-        shares = list(zip(self.codec.shares, self.codec.bits, strict=True)) if self.codec.kind == "multi-rate" else []
         found = []
-        for width, stride, bits, rate in itertools.product(channels, strides, space.bits, rates):
-            points = tuple((max(1, round(share * width)), own_bits) for share, own_bits in shares)
-            code = Candidate(cut, code_channels=width, stride=stride, bits=bits, codec=self.codec.kind, rate_weight=rate, points=points)
-            found.append(codec_spec(code, self.codec))
+        for codec in space.codecs:
+            asked = space.asked(cut, codec)
+            for values in itertools.product(*asked.values()):
+                code = _unpruned(space, cut, {"codec": codec, **dict(zip(asked, values, strict=True))})
+                found.append(codec_spec(code, self.codec))
         return found
 
     def feature_channels(self, cut: str, plan: ChannelPlan) -> tuple[int, ...] | None:
@@ -211,6 +209,10 @@ class Problem:
                 self._pruners[cut] = error
         known = self._pruners[cut]
         return None if isinstance(known, ModelError) else known
+
+
+def _unpruned(space: Space, cut: str, code: Mapping[str, Any]) -> Candidate:
+    return space.suggest_at(cut, lambda name, choices: code.get(name, choices[-1]))
 
 
 def _codec_fits(shape: tuple[int, ...], code_channels: int, stride: int) -> bool:

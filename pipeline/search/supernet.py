@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,13 +24,20 @@ from pipeline.search.problem import Problem
 
 
 class SplitSupernet(nn.Module):
-    """All codecs that the space of `problem` has at `cut`, and one edge half for them: feature at the cut (B, C, H, W) -> logits (B, classes)."""
+    """All codecs that the space of `problem` has at `cut`, kind by kind, and one edge half for them: feature (B, C, H, W) -> logits (B, classes)."""
 
     def __init__(self, problem: Problem, cut: str) -> None:
         super().__init__()
         point = next(point for point in problem.cuts if point.name == cut)
-        self.codec = SlimmableCodec(problem.specs(cut), point.shape)
+        kinds = itertools.groupby(problem.specs(cut), lambda spec: spec.kind)
+        self.codecs = nn.ModuleDict({kind: SlimmableCodec(list(specs), point.shape) for kind, specs in kinds})
         self.tail = copy.deepcopy(split(problem.backbone, problem.example, cut)[1])
+
+    def codec(self, kind: str) -> SlimmableCodec:
+        """What all codecs of `kind`, one of `codecs`, are taken from."""
+        codec = self.codecs[kind]
+        assert isinstance(codec, SlimmableCodec)
+        return codec
 
 
 def pruned_output(network: nn.Module, plan: ChannelPlan, images: Tensor) -> Tensor:
@@ -72,10 +80,10 @@ class Supernet:
         return cls(problem, body, splits)
 
     def covers(self, candidate: Candidate) -> bool:
-        """Whether it has weights for `candidate`; not for those that need none: edge-only, and a feature that crosses as it is."""
+        """Whether it has weights for `candidate`; not for edge-only or a feature that crosses as it is, which need none, nor for a codec not searched."""
         if candidate.kind == "device-only":
             return bool(candidate.keep) and self.body is not None
-        return candidate.cut in self.splits
+        return candidate.cut in self.splits and candidate.codec in list(self.splits[candidate.cut].codecs)
 
     def head(self, cut: str, plan: ChannelPlan) -> nn.Module:
         """The device half up to `cut` made by `plan`; where that prunes, its batch norms want recalibration."""
@@ -95,8 +103,8 @@ class Supernet:
         head = self.head(candidate.cut, plan)
         if candidate.kind == "device-only":
             return head.eval()
-        trained = self.splits[candidate.cut]
-        codec = trained.codec.at(codec_spec(candidate, self.problem.codec), self.problem.feature_channels(candidate.cut, plan))
+        trained, spec = self.splits[candidate.cut], codec_spec(candidate, self.problem.codec)
+        codec = trained.codec(spec.kind).at(spec, self.problem.feature_channels(candidate.cut, plan))
         return CoInference(head, codec, copy.deepcopy(trained.tail)).eval()
 
 

@@ -118,6 +118,7 @@ class BodyLesson(Lesson):
 class SplitLesson(Lesson):
     """Codecs and edge half of a cut: the widest, the narrowest and a random one, for a third of a batch each, behind the whole device half or a pruned one.
 
+    Each is as often of one kind of codec as of another, however many sizes of it there are.
     `head` is the device half that bears pruning, which stays as it is; None where nothing is pruned.
     """
 
@@ -125,9 +126,10 @@ class SplitLesson(Lesson):
         super().__init__(network, settings)
         self.problem, self.cut, self.members = problem, cut, network
         self._head: tuple[nn.Module, ...] = (head.train(),) if head is not None else ()  # a tuple, so that torch does not train it along
-        self.rates = [(network.codec, 1.0), (network.tail, BACKBONE_RATE)]
-        widths = [spec.code_channels for spec in network.codec.specs]
-        self.ends = [[spec for spec in network.codec.specs if spec.code_channels == width] for width in (max(widths), min(widths))]
+        self.rates = [(network.codecs, 1.0), (network.tail, BACKBONE_RATE)]
+        kinds = [network.codec(kind).specs for kind in network.codecs]
+        widths = sorted({spec.code_channels for spec in kinds[0]})  # which all of them have
+        self.drawn_from = [[[spec for spec in specs if spec.code_channels in some] for specs in kinds] for some in (widths[-1:], widths[:1], widths)]
 
     def loss(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
         known, seed, feature = more
@@ -138,15 +140,15 @@ class SplitLesson(Lesson):
             plan = narrowest(self.problem, self.cut) if rng.random() < 0.25 else random_plan(self.problem, self.cut, rng)
         channels = self.problem.feature_channels(self.cut, plan)
         losses = []
-        members = (*self.ends, self.members.codec.specs)
-        for specs, own in zip(members, parts(len(labels), len(members)), strict=False):
+        for kinds, own in zip(self.drawn_from, parts(len(labels), len(self.drawn_from)), strict=False):
+            specs = kinds[int(rng.integers(len(kinds)))]
             spec, given = specs[int(rng.integers(len(specs)))], feature[own]
             read: tuple[int, ...] | None = None
             # each behind either head: a width that only ever saw one of them fails behind the other
             if plan.kept and rng.random() < 0.5:
                 with torch.no_grad():
                     given, read = feature_of(pruned_output(self._head[0], plan, images[own]), channels), channels
-            coded = self.members.codec.code(spec, given, read)
+            coded = self.members.codec(spec.kind).code(spec, given, read)
             loss = _taught(self.members.tail(coded.decoded), labels[own], known[own])
             losses.append(loss + coded.loss + FEATURE_WEIGHT * feature_loss(coded.decoded, feature[own]))
         return torch.stack(losses).mean()

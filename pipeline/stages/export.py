@@ -174,7 +174,7 @@ def _alive(symbols: NDArray[np.uint8], candidate: Candidate) -> dict[str, float]
     if used == 1:
         raise ModelError(
             f"the codebook of {candidate.label()} has collapsed: every symbol of the training images is the same of its {total} values; "
-            "lower codec.commitment or finetune.frozen_learning_rate, or choose codec.kind uniform."
+            "lower codec.commitment or finetune.frozen_learning_rate, or give search.codecs uniform in its place."
         )
     if used < total / 2:
         _say(

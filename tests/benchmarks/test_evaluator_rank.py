@@ -19,7 +19,7 @@ from tests.pipeline.search.toy import deployment, pictures
 @pytest.fixture
 def evaluator(tiny_backbone, digits_params):
     """An evaluator on a supernet that was never trained."""
-    settings = digits_params.search.model_copy(update={"code_channels": [2, 4], "strides": [2], "bits": [2], "keep": [0.5, 1.0]})
+    settings = digits_params.search.model_copy(update={"codecs": ["uniform"], "code_channels": [2, 4], "strides": [2], "bits": [2], "keep": [0.5, 1.0]})
     cuts = cut_points(tiny_backbone, torch.zeros(1, 3, 16, 16))
     problem = Problem(tiny_backbone, cuts, settings, Codec(), channel_block=1)
     torch.manual_seed(0)

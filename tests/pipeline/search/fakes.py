@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SPACE = Space(
     keep=lambda cut: {"early": {}, "late": HALF, "output": {**HALF, "block2.conv1": (0.5, 1.0)}}[cut],
     inside=lambda cut: {"block1": {"block1.conv1"}} if cut != "early" else {},
 )
+SEVERAL = replace(SPACE, codecs=("uniform", "rate", "multi-rate", "jscc-awgn"), rate_weights=(0.1, 0.2), points=((1.0, 4), (0.5, 2)))
 
 
 class Costs:

@@ -29,7 +29,8 @@ def backbone():
 @pytest.fixture
 def make(backbone, digits_params):
     def build(kind="rate"):
-        return Costing(Problem(backbone, cut_points(backbone, EXAMPLE), digits_params.search, Codec(kind=kind), channel_block=1), deployment(), 10)
+        search = digits_params.search.model_copy(update={"codecs": [kind]})
+        return Costing(Problem(backbone, cut_points(backbone, EXAMPLE), search, Codec(), channel_block=1), deployment(), 10)
 
     return build
 

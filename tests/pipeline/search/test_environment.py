@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from pipeline.errors import CoinferError
 from pipeline.search.candidate import Candidate
 from pipeline.search.environment import Compression, steps_at
 from pipeline.search.space import Space
+from tests.pipeline.search import fakes
 from tests.pipeline.search.costing import SPACE, NastyCosting
 
 CUTS = ("early", "late", "output")
+SEVERAL = replace(SPACE, codecs=("uniform", "rate", "multi-rate"), rate_weights=(1e-4, 1e-3), points=((1.0, 4), (0.5, 2)))
 
 
 def play(environment, actions, cut):
@@ -26,16 +29,21 @@ def play(environment, actions, cut):
     return info["candidate"], np.stack(states[:-1]), np.array(taken, np.float32)
 
 
+several_codecs = pytest.mark.parametrize("space", [SPACE, SEVERAL], ids=["one codec", "several"])
+
+
+@several_codecs
 @pytest.mark.parametrize("budget_ms", [None, 8.0])
-def test_gymnasium_finds_nothing_wrong(budget_ms):
-    check_env(Compression(SPACE, NastyCosting(1), CUTS, budget_ms), skip_render_check=True)
+def test_gymnasium_finds_nothing_wrong(budget_ms, space):
+    check_env(Compression(space, NastyCosting(1), CUTS, budget_ms), skip_render_check=True)
 
 
+@several_codecs
 @pytest.mark.parametrize("jolt", [0.0, 6.0])
 @pytest.mark.parametrize("budget_ms", [4.5, 6.0, 9.0])
-def test_no_random_episode_exceeds_the_budget(jolt, budget_ms):
+def test_no_random_episode_exceeds_the_budget(jolt, budget_ms, space):
     costing = NastyCosting(jolt)
-    environment = Compression(SPACE, costing, CUTS, budget_ms)
+    environment = Compression(space, costing, CUTS, budget_ms)
     rng = np.random.default_rng(0)
     seen, clipped = set(), 0
     for number in range(1000):
@@ -76,10 +84,15 @@ def test_every_candidate_within_the_budget_can_be_made_and_no_other():
     assert made > 20
 
 
-def test_a_kept_candidate_walks_through_the_states_of_the_episode_that_made_it():
-    environment = Compression(SPACE, NastyCosting(3.0), CUTS, 7.0)
+@pytest.mark.parametrize(
+    ("space", "costing"),
+    [(SPACE, NastyCosting(3.0)), (SEVERAL, NastyCosting(3.0)), (fakes.SEVERAL, fakes.Costs(fakes.SEVERAL))],
+    ids=["one codec", "several", "blocks to drop too"],
+)
+def test_a_kept_candidate_walks_through_the_states_of_the_episode_that_made_it(space, costing):
+    environment = Compression(space, costing, CUTS, 7.0 if space is not fakes.SEVERAL else None)
     rng = np.random.default_rng(1)
-    for cut in environment.cuts:
+    for cut in environment.cuts * 10:
         candidate, states, taken = play(environment, rng.random(len(environment.steps[cut])), cut)
         levels = environment.levels(candidate)
         assert levels is not None
@@ -109,7 +122,7 @@ def test_actions_mean_the_nearest_legal_value():
 
 
 def test_further_choices_of_the_space_are_steps_too():
-    space = Space(SPACE.codes, SPACE.bits, SPACE.images, SPACE.keep, codec="rate", rate_weights=(1e-4, 1e-3), precisions=("fp32", "int8"))
+    space = Space(SPACE.codes, SPACE.bits, SPACE.images, SPACE.keep, codecs=("rate",), rate_weights=(1e-4, 1e-3), precisions=("fp32", "int8"))
     environment = Compression(space, NastyCosting(), ["early"], None)
     names = [step.name for step in environment.steps["early"]]
     assert names[2:] == ["code_channels", "stride", "bits", "rate_weight", "precision"]
@@ -117,6 +130,18 @@ def test_further_choices_of_the_space_are_steps_too():
     assert (most.keep, most.code_channels, most.stride, most.bits, most.rate_weight, most.precision) == ((), 8, 1, 8, 1e-4, "fp32")
     least, _, _ = play(environment, [0.0] * 7, "early")
     assert (least.code_channels, least.stride, least.bits, least.rate_weight, least.precision) == (2, 4, 1, 1e-3, "int8")
+
+
+def test_the_kind_of_codec_is_a_step_and_what_the_kind_does_not_have_changes_nothing():
+    environment = Compression(SEVERAL, NastyCosting(), ["early"], None)
+    codec, *rest = environment.steps["early"][2:]
+    assert [step.name for step in rest] == ["code_channels", "stride", "bits", "rate_weight"]
+    made = {}
+    for kind, bits, weight in itertools.product(SEVERAL.codecs, (0.0, 1.0), (0.0, 1.0)):
+        place = float(codec.positions[codec.values.index(kind)])
+        made[kind, bits, weight] = play(environment, [1.0, 1.0, place, 1.0, 1.0, bits, weight], "early")[0]
+    assert {kind: len({made[key] for key in made if key[0] == kind}) for kind in SEVERAL.codecs} == {"uniform": 2, "rate": 4, "multi-rate": 1}
+    assert all(candidate.codec == key[0] for key, candidate in made.items())
 
 
 def test_cuts_that_cannot_meet_the_budget_are_not_offered():

@@ -41,9 +41,9 @@ def trained():
 def make(trained, digits_params):
     cuts = cut_points(trained, EXAMPLE)
 
-    def build(codec=None, **settings):
-        search = digits_params.search.model_copy(update={"codec_steps": 12, "train_images": 128, "batch_size": 32} | settings)
-        problem = Problem(trained, cuts, search, codec or Codec(), channel_block=1)
+    def build(**settings):
+        quick = {"codecs": ["uniform"], "codec_steps": 12, "train_images": 128, "batch_size": 32}
+        problem = Problem(trained, cuts, digits_params.search.model_copy(update=quick | settings), Codec(), channel_block=1)
         return Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(), seed=0)
 
     return build
@@ -122,8 +122,7 @@ def test_the_macs_of_a_pruned_half_are_those_of_its_layers(make, trained):
 
 @pytest.mark.parametrize("codec", ["codebook", "rate"])
 def test_every_codec_is_measured_like_the_first(make, codec):
-    evaluator = make(codec=Codec(kind=codec), rate_weights=[0.0, 0.01])
-    assert evaluator.problem.space().codec == codec
+    evaluator = make(codecs=[codec], rate_weights=[0.0, 0.01])
     rates = [0.0, 0.01] if codec == "rate" else [None]
     bits = [evaluator.measure(replace(SPLIT, codec=codec, rate_weight=rate), 1).payload_bits for rate in rates]
     assert 0 < bits[-1] <= bits[0] <= 4 * 8 * 8 * 3 + 8
@@ -131,7 +130,7 @@ def test_every_codec_is_measured_like_the_first(make, codec):
 
 @pytest.mark.parametrize(("kind", "bits"), [("raw-8bit", None), ("raw-fp32", 32 * 8 * 16 * 16), ("jscc-awgn", 4 * 8 * 8), ("jscc-bec", 8 * 4 * 8 * 8)])
 def test_what_is_only_compared_is_offered_and_measured_too(make, kind, bits):
-    evaluator = make(codec=Codec(kind=kind), code_channels=[4], strides=[2], keep=[0.5, 1.0])
+    evaluator = make(codecs=[kind], code_channels=[4], strides=[2], keep=[0.5, 1.0])
     space = evaluator.problem.space()
     raw = kind.startswith("raw")
     assert space.codes["block1"] == (([8], [1]) if raw else ([4], [2]))
@@ -146,11 +145,13 @@ def test_vectors_are_cut_where_there_is_nothing_else(digits_params):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(768, 24), nn.ReLU(), nn.Linear(24, 10)).eval()
     cuts = cut_points(network, EXAMPLE)
-    settings = digits_params.search.model_copy(update={"codec_steps": 12, "train_images": 64, "batch_size": 32, "code_channels": [4], "strides": [1, 2]})
+    settings = digits_params.search.model_copy(
+        update={"codecs": ["rate"], "codec_steps": 12, "train_images": 64, "batch_size": 32, "code_channels": [4], "strides": [1, 2]}
+    )
 
     def build(**changed):
         changed = settings.model_copy(update=changed)
-        problem = Problem(network, cuts, changed, Codec(kind="rate"), channel_block=1)
+        problem = Problem(network, cuts, changed, Codec(), channel_block=1)
         return Evaluator(problem, pictures(64, 0), pictures(20, 1), deployment(), seed=0)
 
     with pytest.raises(ParamsError, match=r"search\.strides\.1 is 2, which does not suit vectors, which all cuts give; choose a smaller one"):

@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 
 from models.backbones import build_backbone
 from models.cutting import cut_points
 from pipeline.errors import ParamsError
+from pipeline.networks import codec_spec
 from pipeline.params import Codec
 from pipeline.search.problem import Problem
 from tests.tiny import tiny_backbone
@@ -15,7 +17,8 @@ EXAMPLE = torch.zeros(1, 3, 16, 16)
 def problem(digits_params):
     def build(codec=None, **settings):
         network = tiny_backbone(10, 16)
-        return Problem(network, cut_points(network.eval(), EXAMPLE), digits_params.search.model_copy(update=settings), codec or Codec(), channel_block=1)
+        search = digits_params.search.model_copy(update={"codecs": ["uniform"]} | settings)
+        return Problem(network, cut_points(network.eval(), EXAMPLE), search, codec or Codec(), channel_block=1)
 
     return build
 
@@ -31,7 +34,7 @@ def test_what_pools_a_map_to_a_vector_is_no_cut_for_a_codec(digits_params):
 
 def test_noise_that_is_none_of_the_channel_is_named(problem):
     with pytest.raises(ParamsError, match=r"codec\.noise: codec jscc-bsc: noise is 0\.1 to 0\.9; give two probabilities above 0"):
-        problem(codec=Codec(kind="jscc-bsc", noise=[0.1, 0.9])).space()
+        problem(codec=Codec(noise=[0.1, 0.9]), codecs=["uniform", "jscc-bsc"]).space()
 
 
 def test_what_of_the_settings_comes_to_nothing_is_said(digits_params, problem):
@@ -84,6 +87,16 @@ def test_candidates_of_other_fractions_are_other_networks(digits_params):
     assert built.space().keep("output") == {"stem.0": (0.5, 1.0), "block1.conv1": (0.5, 1.0), "down.0": (0.2, 0.5, 1.0), "block2.conv1": (0.2, 0.5, 1.0)}
     found = [built.plan("output", {group: ratio}) for group, ratios in built.space().keep("output").items() for ratio in ratios[:-1]]
     assert len({plan.to_json() for plan in found}) == len(found)
+
+
+def test_the_codecs_of_a_cut_are_those_that_its_candidates_have(problem):
+    built = problem(codecs=["uniform", "rate", "multi-rate"], rate_weights=[0.0, 0.1], bits=[2, 4], strides=[1, 2], code_channels=[4, 8])
+    rng, specs = np.random.default_rng(0), built.specs("block1")
+    proposed = {built.space().suggest_at("block1", lambda _, choices: choices[rng.integers(len(choices))]) for _ in range(600)}
+    assert {codec_spec(candidate, built.codec) for candidate in proposed} == set(specs)
+    assert len(specs) == len(set(specs)) == 4 * (2 + 2 * 2 + 1)
+    assert {spec.points for spec in specs if spec.code_channels == 4} == {(), ((4, 4), (2, 3), (1, 2))}
+    assert problem(codecs=["raw-8bit"]).specs("block1") == [], "which has no weights"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pipeline.search.executor import evaluate
 from pipeline.search.pareto import OBJECTIVES, Trial
 from pipeline.search.space import Space
 from tests.pipeline.search.fake_measures import fake_measure
-from tests.pipeline.search.fakes import METHODS, SPACE, journal_in, processes, run, searcher_of, trials_of
+from tests.pipeline.search.fakes import METHODS, SEVERAL, SPACE, journal_in, processes, run, searcher_of, trials_of
 
 ROOT = Path(__file__).resolve().parents[3]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -125,6 +125,18 @@ def test_only_legal_combinations_are_proposed(tmp_path, method):
 
 
 @every_method
+def test_every_kind_of_codec_is_tried_and_the_better_one_more_often_by_what_learns(tmp_path, method):
+    def measure(candidate, trial_seed):
+        measured = fake_measure(replace(candidate, codec="uniform", rate_weight=None, points=()) if candidate.codec else candidate, trial_seed)
+        return measured if candidate.codec == "rate" else replace(measured, device_memory_mb=9.0, total_ms=10 * measured.total_ms)
+
+    found = trials_of(tmp_path, method=method, space=SEVERAL, trials=60, seed=1, measure=measure)
+    kinds = [trial.candidate.codec for trial in found if trial.candidate.codec and trial.duplicate_of is None]
+    assert set(kinds) == set(SEVERAL.codecs)
+    assert method in ("random", "uniform") or kinds[-20:].count("rate") >= 8, "chance alone makes it 5"
+
+
+@every_method
 def test_workers_finish_the_search_that_one_began(tmp_path, method):
     run(tmp_path, method=method, trials=6)
     rows = rows_of(run(tmp_path, method=method, trials=20, executor=processes(2)[0]))
@@ -141,14 +153,15 @@ def test_where_nothing_is_learnt_the_number_of_workers_changes_nothing(tmp_path,
 
 
 @every_method
-def test_a_fresh_searcher_told_the_same_trials_asks_the_same(tmp_path, method):
+@pytest.mark.parametrize("space", [SPACE, SEVERAL], ids=["one codec", "several"])
+def test_a_fresh_searcher_told_the_same_trials_asks_the_same(tmp_path, method, space):
     """What resuming rests on; the last to be told is a repetition in some rounds and not in others."""
-    first, numbers = searcher_of(method, seed=5), range(100, 103)
-    told = trials_of(tmp_path, method=method, seed=5, trials=40)
+    first, numbers = searcher_of(method, space, seed=5), range(100, 103)
+    told = trials_of(tmp_path, method=method, space=space, seed=5, trials=40)
     for count in range(len(told)):
         first.tell(told[count])
         if count % 9 == 0 or told[count].duplicate_of is not None:
-            second = searcher_of(method, seed=5)
+            second = searcher_of(method, space, seed=5)
             for trial in told[: count + 1]:
                 second.tell(trial)
             assert [first.ask(number) for number in numbers] == [second.ask(number) for number in numbers]

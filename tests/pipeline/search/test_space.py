@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -6,10 +8,9 @@ from hypothesis import strategies as st
 from pipeline.search.candidate import INPUT, OUTPUT, Candidate
 from pipeline.search.simple import random_pick
 from pipeline.search.space import Space
-from tests.pipeline.search.fakes import SPACE
+from tests.pipeline.search.fakes import SEVERAL, SPACE
 
-RATE = Space(SPACE.codes, SPACE.bits, SPACE.images, SPACE.keep, "rate", (0.1, 0.2), ("fp32", "int8"), inside=SPACE.inside)
-SEVERAL = Space(SPACE.codes, (8,), SPACE.images, SPACE.keep, "multi-rate", points=((1.0, 4), (0.5, 2)))
+RATE = Space(SPACE.codes, SPACE.bits, SPACE.images, SPACE.keep, ("rate",), (0.1, 0.2), ("fp32", "int8"), inside=SPACE.inside)
 
 
 @given(st.integers(0, 2**31), st.sampled_from([SPACE, RATE, SEVERAL]))
@@ -41,6 +42,28 @@ def test_parameters_are_asked_for_in_order_of_execution():
 
     RATE.suggest_at("late", pick)
     assert asked == ["keep stem", "keep block1", "keep block1.conv1", "code_channels", "stride", "bits", "rate_weight", "precision"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "more"), [("uniform", ["bits"]), ("rate", ["bits", "rate_weight"]), ("multi-rate", []), ("jscc-awgn", [])], ids=SEVERAL.codecs
+)
+def test_a_codec_is_asked_for_where_there_are_several_and_then_only_what_it_has(codec, more):
+    asked = []
+
+    def pick(name, choices):
+        asked.append(name)
+        return codec if name == "codec" else choices[-1]
+
+    candidate = SEVERAL.suggest_at("late", pick)
+    assert asked == ["keep stem", "keep block1", "keep block1.conv1", "codec", "code_channels", "stride", *more]
+    assert (candidate.codec, candidate.bits) == (codec, 4 if more else 8)
+    assert candidate.points == (((8, 4), (4, 2)) if codec == "multi-rate" else ())
+
+
+def test_every_code_of_every_kind_is_proposed_once():
+    rng = np.random.default_rng(0)
+    proposed = {SEVERAL.suggest_at("early", lambda name, choices: choices[rng.integers(len(choices))]) for _ in range(3000)}
+    assert Counter(candidate.codec for candidate in proposed) == {"uniform": 6 * 3, "rate": 6 * 3 * 2, "multi-rate": 6, "jscc-awgn": 6}
 
 
 def test_a_block_that_is_dropped_has_no_groups_to_ask_for_and_each_network_one_candidate():

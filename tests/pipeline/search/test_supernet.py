@@ -48,10 +48,10 @@ def trained():
     return network.eval()
 
 
-def problem_of(network, params, codec=None, **settings):
-    quick = {"codec_steps": 60, "train_images": 200, "batch_size": 32, "code_channels": [2, 8], "bits": [1, 3], "strides": [1, 2], "keep": [0.5, 1.0]}
-    search = params.search.model_copy(update=quick | settings)
-    return Problem(network, cut_points(network, EXAMPLE), search, codec or Codec(), channel_block=1)
+def problem_of(network, params, **settings):
+    sizes = {"codecs": ["uniform"], "code_channels": [2, 8], "bits": [1, 3], "strides": [1, 2], "keep": [0.5, 1.0]}
+    search = params.search.model_copy(update=sizes | {"codec_steps": 60, "train_images": 200, "batch_size": 32} | settings)
+    return Problem(network, cut_points(network, EXAMPLE), search, Codec(), channel_block=1)
 
 
 def train(problem, settings=SETTINGS):
@@ -194,21 +194,43 @@ def test_what_is_written_is_read_again(supernet, tmp_path, evaluator, module_par
         Supernet.load(other, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["rate", "codebook", "multi-rate"])
-def test_other_codecs_share_weights_too(trained, module_params, kind):
-    codec = Codec(kind=kind)
-    problem = problem_of(trained, module_params, codec, rate_weights=[0.0, 0.01], code_channels=[4], strides=[2], bits=[2, 3])
-    supernet = train(problem, SETTINGS.model_copy(update={"epochs": 10}))
+def test_kinds_of_codec_are_trained_side_by_side(trained, module_params):
+    """Each learns, though they share the steps, and one written next to another is read again."""
+    kinds = ["rate", "codebook", "multi-rate"]
+    problem = problem_of(trained, module_params, codecs=kinds, rate_weights=[0.0, 0.01], code_channels=[4], strides=[2], bits=[2, 3])
+    supernet = train(problem, SETTINGS.model_copy(update={"epochs": 20}))
     evaluator = Evaluator(problem, pictures(200, 0), pictures(60, 1), deployment(), 0, supernet)
-    points = ((4, 4), (2, 3), (1, 2)) if kind == "multi-rate" else ()
-    bits = 8 if kind == "multi-rate" else 3
-    found = [
-        evaluator.measure(Candidate(CUT, (), 4, 2, bits, codec=kind, rate_weight=rate, points=points), 0)
-        for rate in ((0.0, 0.01) if kind == "rate" else (None,))
-    ]
-    assert all(measured.accuracy > 0.5 for measured in found)
-    if kind == "rate":
-        assert found[1].payload_bits < found[0].payload_bits, "a dearer bit is spent less often"
+    small = Candidate(CUT, (), 4, 2, 3, codec="codebook")
+    cheap, dear = (replace(small, codec="rate", rate_weight=rate) for rate in (0.0, 0.01))
+    found = {code: evaluator.measure(code, 0) for code in (small, cheap, dear, replace(small, codec="multi-rate", bits=8, points=((4, 4), (2, 3), (1, 2))))}
+    assert all(evaluator.is_estimate(code) for code in found)
+    assert {code.codec for code, measured in found.items() if measured.accuracy > 0.5} == set(kinds)
+    assert found[dear].payload_bits < found[cheap].payload_bits, "a dearer bit is spent less often"
+
+
+def test_every_kind_of_codec_gets_its_share_of_the_lessons(trained, module_params):
+    """Also one that has fewer sizes than the others."""
+    problem = problem_of(trained, module_params, codecs=["rate", "multi-rate"], rate_weights=[0.0, 0.01, 0.1], bits=[1, 2, 3])
+    network, drawn = SplitSupernet(problem, CUT), []
+    for kind in network.codecs:
+        code = network.codec(kind).code
+        network.codec(kind).code = lambda spec, *given, code=code: drawn.append(spec) or code(spec, *given)
+    lesson = SplitLesson(problem, CUT, network, None, SETTINGS)
+    (images, labels), head = pictures(6, 0), problem.head(CUT)
+    known, feature = outputs(problem.backbone, images), outputs(head, images)
+    for seed in range(60):
+        lesson.loss(normalise(images), labels, known, torch.tensor(seed), feature)
+    assert len(problem.specs(CUT)) == 4 * 9 + 4
+    for place, widths in enumerate(({8}, {2}, {2, 8})):
+        of_place = drawn[place::3]
+        assert {spec.code_channels for spec in of_place} == widths
+        assert 20 <= sum(spec.kind == "multi-rate" for spec in of_place) <= 40
+
+
+def test_a_kind_of_codec_that_was_not_trained_is_not_covered(evaluator):
+    other = replace(WHOLE, codec="codebook")
+    assert not evaluator.is_estimate(other)
+    assert evaluator.measure(other, 0).accuracy > 0.3, "so it gets a training of its own"
 
 
 def test_a_codec_outside_the_space_is_refused(evaluator):

@@ -109,7 +109,9 @@ def test_a_codebook_that_collapsed_is_named(workdir: Path, digits_params: Params
 def test_what_no_frame_can_carry_is_refused(workdir: Path, digits_params: Params, tracker: RecordingTracker, kind: str) -> None:
     size = (8, 1) if kind == "raw-fp32" else (4, 2)
     paths = write_finetuned(digits_params, Candidate("block1", code_channels=size[0], stride=size[1], bits=8, codec=kind))
-    with pytest.raises(ModelError, match=rf"codec {kind} sends no symbols a frame could carry and can only be evaluated; choose another codec\.kind to export"):
+    with pytest.raises(
+        ModelError, match=rf"codec {kind} sends no symbols a frame could carry and can only be evaluated; leave it out of search\.codecs to export"
+    ):
         export.run(digits_params, "camera", tracker)
     assert not paths.bundle.exists()
 

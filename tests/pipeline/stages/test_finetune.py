@@ -210,7 +210,7 @@ def test_a_missing_choice_is_named(pretrained: Params, tracker: Any) -> None:
 
 def test_a_split_over_a_noisy_channel_is_judged_level_by_level(pretrained: Params, tracker: Any) -> None:
     choose(Candidate("down.2", code_channels=4, stride=2, bits=8, codec="jscc-awgn"))
-    codec = pretrained.codec.model_copy(update={"kind": "jscc-awgn", "noise": [0.01, 3.0]})
+    codec = pretrained.codec.model_copy(update={"noise": [0.01, 3.0]})
     finetuning = pretrained.finetune.model_copy(update={"epochs": 4, "frozen_epochs": 1})
     metrics = finetune.run(pretrained.model_copy(update={"codec": codec, "finetune": finetuning}), "camera", tracker)
     by_level = {name: value for name, value in metrics.items() if "noise" in name}

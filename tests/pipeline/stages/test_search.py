@@ -21,6 +21,7 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.pipeline.costs.profiles import toy_profile
 from tests.pipeline.search.fake_measures import measurement
+from tests.pipeline.search.fakes import METHODS
 from tests.pipeline.search.toy import DEVICE_MS_PER_MMAC, EDGE_MS_PER_MMAC, pictures
 
 PATHS = DevicePaths("camera")
@@ -150,6 +151,28 @@ def test_importances_are_drawn_where_there_is_enough_to_say(prepared, digits_fie
     assert tracker.figures == ["pareto.png", "hypervolume.png", "importances.png"]
     rows = list(csv.DictReader(io.StringIO(PATHS.importances.read_text())))
     assert [next(row["parameter"] for row in rows if row["explains"] == target) for target in ("accuracy", "total_ms")] == ["bits", "stride"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kind_of_codec_is_searched(prepared, digits_fields, tracker, method):
+    kinds = ["rate", "codebook", "multi-rate"]
+    run(with_(digits_fields, search={"codecs": kinds, "trials": 12, "method": method, "codec_steps": 1}), "camera", tracker)
+    rows = list(csv.DictReader(io.StringIO(PATHS.trials.read_text())))
+    splits = [row for row in rows if row["codec"]]
+    assert {row["codec"] for row in splits} == set(kinds)
+    assert {row["state"] for row in splits} <= {"measured", "reused"}, [row["failure"] for row in splits]
+    for row in splits:
+        assert bool(row["rate_weight"]) == (row["codec"] == "rate")
+        assert (row["points"] == "[]") == (row["codec"] != "multi-rate")
+        assert row["codec"] in row["label"]
+
+
+def test_which_kind_of_codec_it_is_may_matter_most(prepared, digits_fields, tracker, monkeypatch):
+    worth = {"rate": 0.9, "codebook": 0.5}
+    monkeypatch.setattr(Evaluator, "measure", lambda self, candidate, seed: measurement(worth.get(candidate.codec, 1.0), 5.0 + (candidate.stride or 40), 9.0))
+    run(with_(digits_fields, search={"codecs": list(worth), "trials": 25, "method": "random"}), "camera", tracker)
+    rows = list(csv.DictReader(io.StringIO(PATHS.importances.read_text())))
+    assert [next(row["parameter"] for row in rows if row["explains"] == target) for target in ("accuracy", "total_ms")] == ["codec", "stride"]
 
 
 @pytest.mark.parametrize("method", ["random", "uniform"])

@@ -55,7 +55,9 @@ def written():
     return {path.name: path.read_bytes() for path in sorted(PATHS.supernet.iterdir())}
 
 
-def test_a_search_starts_from_what_the_stage_leaves(prepared, params, tracker):
+@pytest.mark.parametrize("codecs", [["rate"], ["rate", "codebook", "multi-rate"]])
+def test_a_search_starts_from_what_the_stage_leaves(prepared, params, tracker, codecs):
+    params = params.model_copy(update={"search": params.search.model_copy(update={"codecs": codecs})})
     losses = supernet.run(params, "camera", tracker)
     assert set(losses) == {"output", "stem.2", "block1", "down.2", "block2"}
     assert set(written()) == {"curves.csv", *(f"{name}.safetensors" for name in losses)}
@@ -100,7 +102,7 @@ def test_without_epochs_each_trial_trains_its_own_codec(prepared, params, tracke
 
 
 def test_nothing_to_prune_and_nothing_to_share_is_no_training(prepared, params, tracker):
-    raw = params.model_copy(update={"codec": params.codec.model_copy(update={"kind": "raw-8bit"}), "search": params.search.model_copy(update={"keep": [1.0]})})
+    raw = params.model_copy(update={"search": params.search.model_copy(update={"codecs": ["raw-8bit"], "keep": [1.0]})})
     assert supernet.run(raw, "camera", tracker) == {}
     unpruned = params.model_copy(update={"search": params.search.model_copy(update={"keep": [1.0]})})
     assert "output" not in supernet.run(unpruned, "camera", tracker)
