@@ -104,7 +104,12 @@ def prepared(place: Place) -> Params:
             (folder / name).symlink_to(source / name)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     artifacts = folder / "artifacts"
-    stages = {"prepare": "data", "pretrain": "backbone", f"profile {DEVICE}": f"{DEVICE}/profile/edge.json", f"supernet {DEVICE}": f"{DEVICE}/supernet"}
+    stages = {
+        "prepare": "data",
+        "pretrain": "backbone",
+        f"profile --device {DEVICE}": f"{DEVICE}/profile/edge.json",
+        f"supernet --device {DEVICE}": f"{DEVICE}/supernet",
+    }
     for stage, made in stages.items():
         if not (artifacts / made).exists():
             print(f"{place.name}: {stage}", file=sys.stderr, flush=True)
