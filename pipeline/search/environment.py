@@ -44,13 +44,14 @@ class Step:
     """One choice of an episode.
 
     `values` are its choices and `positions` where they lie in [0, 1], ascending: an action means the value nearest to it.
-    `layer` is the group that is pruned, None for a step of the encoder.
+    `layer` is the group that is pruned, None for a step of the encoder. One that is `optional` changes nothing after choices that leave nothing to choose.
     """
 
     name: str
     values: tuple[Any, ...]
     positions: NDArray[np.float32]
     layer: Layer | None
+    optional: bool
 
     def level(self, action: float) -> int:
         """Which of `values` lies nearest to `action`; of two the lower."""
@@ -60,19 +61,22 @@ class Step:
 def steps_at(space: Space, costing: Costing, cut: str) -> tuple[Step, ...]:
     """The choices of an episode at `cut` in their order: groups to prune, then codec, code width, stride, bits and whatever else the space asks for.
 
-    They are all that the space may ask for at the cut. What it does not ask for after some choices, as with a dropped block or another codec, stays a step
-    that changes nothing, so that every episode has as many.
+    They are all that the space may ask for at the cut, so that every episode has as many; optional are what goes with a dropped block, and what not all of
+    the codecs have.
     A kept fraction is its own position, a code width w lies at w / widest, a stride s at 1/s, n bits at (n - 1)/7 (METHODS: 1 + round(7a)); values
     of other parameters lie evenly, numbers falling, since a greater rate weight keeps less.
     """
-    asked: dict[str, Sequence[Any]] = {}
+    asked_of: dict[str, dict[str, Sequence[Any]]] = {codec: {} for codec in space.codecs}
 
     def last(codec: str, name: str, values: Sequence[Any]) -> Any:
-        asked.setdefault(name, values)
+        asked_of[codec][name] = values
         return codec if name == "codec" else values[-1]  # a block kept, so that its groups are asked for too
 
     for codec in space.codecs:
         space.suggest_at(cut, functools.partial(last, codec))
+    asked = {name: values for found in asked_of.values() for name, values in found.items()}
+    optional = {name for name in asked if not all(name in found for found in asked_of.values())}
+    optional |= {f"keep {name}" for names in space.inside(cut).values() for name in names}
     layers = costing.layers(cut)
     steps = []
     for number, (name, values) in enumerate(asked.items()):
@@ -89,7 +93,7 @@ def steps_at(space: Space, costing: Costing, cut: str) -> tuple[Step, ...]:
             ordered = sorted(values, reverse=True) if not isinstance(values[0], str) else list(reversed(values))
             places = {value: (place + 1) / len(ordered) for place, value in enumerate(ordered)}
         rising = sorted(values, key=places.__getitem__)
-        steps.append(Step(name, tuple(rising), np.array([places[value] for value in rising], np.float32), layer))
+        steps.append(Step(name, tuple(rising), np.array([places[value] for value in rising], np.float32), layer, name in optional))
     return tuple(steps)
 
 
@@ -186,7 +190,7 @@ class Compression(gymnasium.Env[Observation, NDArray[np.float32]]):
         """Take the step, clipped by the wall; info tells the action taken, and at the end the candidate."""
         step = self.steps[self.cut][self._done]
         level = self._admit(step.level(float(action[0])))
-        if step.name not in self.space.choices(self.candidate(self.cut, self._carried)):
+        if step.optional and step.name not in self.space.choices(self.candidate(self.cut, self._carried)):
             level = len(step.values) - 1  # as `levels` has it, so that a candidate looks the same however it came about
             self._carried = (*self._carried[: self._done], level, *self._carried[self._done + 1 :])
         self._done += 1
