@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import search_ray
 from benchmarks.results_file import RESULTS, figure, write
 from benchmarks.surrogates import SEARCHERS, Problem, every_reward, gap, layered, run, small
 from pipeline.search.candidate import OUTPUT
@@ -95,7 +96,7 @@ def _cost_ms(method: str, problem: Problem) -> dict[str, list[float]]:
     return found
 
 
-PARTS: dict[str, Callable[[], Raw]] = {"surrogates": surrogates, "wall": wall, "growth": growth}
+PARTS: dict[str, Callable[[], Raw]] = {"surrogates": surrogates, "wall": wall, "growth": growth, "ray": search_ray.ray}
 
 
 def figures_of(raw: Raw) -> dict[str, Any]:
@@ -119,10 +120,12 @@ def figures_of(raw: Raw) -> dict[str, Any]:
             how = f"one ask and one tell after 5,000 trials of a free evaluator; after 50: {statistics.median(rows['50']):.3g} ms; median"
             low, middle, high = np.percentile(rows[str(GROWTH[-1])], [25, 50, 75])
             found[f"searcher_ms_per_trial_at_5000.{method}"] = figure(float(middle), "ms", how, n=len(rows["5000"]), spread=(float(low), float(high)))
+    if known := raw.get("ray"):
+        found |= search_ray.figures_of(known)
     missing = ("hypervolume_ratio.tpe", "hypervolume_ratio.nsga2", "hypervolume_ratio.ddpg", "evaluations_to_random200", "evaluator_cost_ratio")
     missing += ("evaluator_cost_ratio_shared", "evaluator_spearman", "evaluator_kendall", "predictor_mdape", "predictor_p90ape", "macs_model_mdape")
     missing += ("measurement_repeatability", "ray_overhead_ms_per_trial.w1", "ray_overhead_ms_per_trial.w64", "ray_speedup_2")
-    return found | {key: figure(None, "", LATER, n=0) for key in missing}
+    return {key: figure(None, "", LATER, n=0) for key in missing} | found
 
 
 def main() -> None:
