@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import evaluator_rank, fronts, predictor
+from benchmarks import evaluator_rank, fronts, predictor, search_ray
 from benchmarks.results_file import RESULTS, figure, write
 from benchmarks.surrogates import SEARCHERS, Problem, every_reward, gap, layered, run, small
 from pipeline.search.candidate import OUTPUT
@@ -114,6 +114,7 @@ PARTS: dict[str, Callable[[], Raw]] = {
     "fronts": fronts_of_all,
     "predictor": predictor.measured,
     "evaluator": lambda: evaluator_rank.compared(fronts.RESNET20),
+    "ray": search_ray.ray,
 }
 
 
@@ -125,6 +126,7 @@ def figures_of(raw: Raw) -> Raw:
         "fronts": fronts.figures,
         "predictor": predictor.figures,
         "evaluator": evaluator_rank.figures,
+        "ray": search_ray.figures_of,
     }
     found: Raw = {}
     for part, maker in makers.items():

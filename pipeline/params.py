@@ -154,7 +154,7 @@ class Search(Section):
         1, ge=1, le=256, description="evaluations at a time, each with `run.threads` / workers threads; tpe, nsga2 and ddpg then vary a little"
     )
     ray_address: str | None = Field(
-        None, description="`HOST:PORT` of the cluster for executor `ray`; its machines need this folder under the same path and the same packages"
+        None, description="`HOST:PORT` of the cluster for executor `ray`, or `auto`; its machines need this folder under the same path and the same packages"
     )
     ddpg: Ddpg = Field(Ddpg(), description="of method ddpg")
     codec_steps: Count = Field(description="training steps of a rescored trial, and of every trial where there is no supernet")

@@ -67,6 +67,10 @@ class DeviceProfile:
         """One call of a session that computes `operations` on one image, in ms: predicted, from kernels and runs like its own (`LatencyModel`)."""
         return self.slowdown * self._model.run_ms(kernel_calls(operations, precision, block=self.nchwc_block))
 
+    def least_ms(self, macs: float, precision: Precision = "fp32") -> float:
+        """At most what `half_ms` predicts for any half of so many multiply-accumulates or more; see `LatencyModel.least_ms`."""
+        return self.slowdown * self._model.least_ms(macs, integers=precision == "int8")
+
     def network(self, key: str, precision: Precision = "fp32") -> Spread | None:
         """The measured time of a whole backbone, if it was measured in this precision."""
         known = self.networks.get(key)

@@ -25,6 +25,7 @@ _FEW = 8  # kernels of a kind from which its own rates are better than its opera
 _LEAST_MS = 1e-4
 _PRIOR = 0.02  # how strongly, in relative error, the correction of runs is drawn to none
 _ROUNDS = 20
+_LEAST_SHARE = 0.2  # of what its kernels take alone, that a run takes
 _HUBER = 0.05  # relative error beyond which a run counts as an outlier
 _DIGITS = 9  # what is fitted is rounded to: the last bits differ between processors, and trees choose between equal splits by them
 
@@ -84,7 +85,17 @@ class LatencyModel:
         """Predicted median of one `session.run` that calls these kernels."""
         terms = self._terms(calls)
         # a correction fitted to other runs may go below what any run takes
-        return _rounded(max(terms @ self._correction, 0.2 * terms[2:].sum()), 6)
+        return _rounded(max(terms @ self._correction, _LEAST_SHARE * terms[2:].sum()), 6)
+
+    def least_ms(self, macs: float, *, integers: bool) -> float:
+        """At most what `run_ms` gives for any run of so many multiply-accumulates or more, all of floats or some also of `integers`.
+
+        Widths play no part in it: a narrower layer is not always predicted to be faster, but each takes its multiply-accumulates at the highest rate.
+        """
+        computing = macs / max(self._peak[integer] for integer in {False, integers})
+        constant, each, floats, others = self._correction
+        corrected = constant + (min(floats, others) if integers else floats) * computing if min(each, floats, others) >= 0 else 0.0
+        return float(max(corrected, _LEAST_SHARE * computing, 0.0)) * (1 - 1e-5)  # more than rounding takes
 
     def kernel_ms(self, calls: Sequence[KernelCall]) -> list[float]:
         """What each call takes by the profile of ONNX Runtime, measured or predicted."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.channel_plan import rebuild
 from models.codec import CodecSpec, SymbolCodec
 from models.codecs import build_codec
 from models.cutting import count_macs, split
@@ -22,7 +23,7 @@ from pipeline.costs.latency import HalfCosts, predict
 from pipeline.costs.link import Link, link_ms, mean_wire_bytes, reply_frame_bytes, wire_bytes
 from pipeline.networks import codec_spec, layers_up_to
 from pipeline.runtime.frame import OVERHEAD_BYTES
-from pipeline.search.candidate import Candidate, Measurement, Precision
+from pipeline.search.candidate import OUTPUT, Candidate, Measurement, Precision
 from pipeline.search.layer import Layer
 from pipeline.search.problem import Problem
 
@@ -72,14 +73,7 @@ class Costing:
         self._tails: dict[str, tuple[Operation, ...]] = {}
         self._codecs: dict[tuple[CodecSpec, tuple[int, ...], int], _Codec] = {}
         self._known: dict[Candidate, _Predicted] = {}
-
-    def costs(self, candidate: Candidate) -> HalfCosts:
-        """All that latency needs but the mean frame size, which only coding tells.
-
-        Raises:
-            ModelError: the candidate prunes a layer to nothing, or its codec does not fit the cut.
-        """
-        return self._costs(candidate)[0]
+        self._sizes: dict[tuple[str, tuple[tuple[str, float], ...], Precision], tuple[int, int, int]] = {}
 
     def measurement(
         self, candidate: Candidate, accuracy: float, payload_sizes: Sequence[int], device_params: int, memory_bytes: int, bundle_bytes: int
@@ -87,10 +81,46 @@ class Costing:
         """`candidate` with what was measured of it: its accuracy, the coded bytes of some images (none where nothing is sent), parameters, memory, bundle.
 
         Raises:
-            ModelError: see `costs`.
+            ModelError: the candidate prunes a layer to nothing, or its codec does not fit the cut.
             ProfileError: a profile lacks the image format.
         """
-        known = self._predicted(candidate)
+        return self._measurement(self._predicted(candidate), accuracy, payload_sizes, device_params, memory_bytes, bundle_bytes)
+
+    def least(self, narrowest: Candidate) -> Measurement:
+        """What no candidate of this cut and code, however it is pruned, is measured to have less of; with all of the accuracy.
+
+        `narrowest` keeps the least of each group. A code is counted as empty, and of a half that can be pruned its codec not at all: the half takes what its
+        multiply-accumulates do at best (`DeviceProfile.least_ms`), since narrower is not always predicted to be faster. All else pruning does not reach.
+
+        Raises:
+            ModelError, ProfileError: as `measurement`.
+        """
+        known, example = self._predicted(replace(narrowest, keep=())), self.problem.example
+        if narrowest.kind == "edge-only":
+            return self._measurement(known, 1.0, [0], 0, 4 * example.numel(), 2 * weight_bytes(self.problem.backbone))
+        if narrowest.keep:
+            computed = macs(self._pruned(narrowest))
+            fastest_ms = self.deployment.device.image(example.shape[-1]).preprocess.median_ms
+            fastest_ms += self.deployment.device.least_ms(computed, narrowest.precision)
+            total_ms = known.parts["total_ms"] - known.parts["device_ms"] + fastest_ms
+            known = known._replace(parts=known.parts | {"device_ms": fastest_ms, "total_ms": total_ms}, device_macs=computed)
+        payload = [] if narrowest.kind == "device-only" else [0]
+        return self._measurement(known, 1.0, payload, *self._least_sizes(narrowest.cut, narrowest.keep, narrowest.precision))
+
+    def _least_sizes(self, cut: str, keep: tuple[tuple[str, float], ...], precision: Precision) -> tuple[int, int, int]:
+        """Parameters and memory of the half alone, and the bundle's bytes without a codec."""
+        key = cut, keep, precision
+        if key not in self._sizes:
+            head = rebuild(self.problem.head(cut), self.problem.plan(cut, dict(keep)))
+            bundle = weight_bytes(head, precision)
+            if cut != OUTPUT:
+                bundle += weight_bytes(split(self.problem.backbone, self.problem.example, cut)[1]) + weight_bytes(self.problem.backbone)
+            self._sizes[key] = parameters(head), memory_bytes(head, self.problem.example, precision), bundle
+        return self._sizes[key]
+
+    def _measurement(
+        self, known: _Predicted, accuracy: float, payload_sizes: Sequence[int], device_params: int, memory_bytes: int, bundle_bytes: int
+    ) -> Measurement:
         frames = [size + OVERHEAD_BYTES for size in payload_sizes]
         frame_bytes = float(np.mean(frames)) if frames else 0.0
         parts = self._with_link(known, frame_bytes) if frames else known.parts
@@ -142,7 +172,7 @@ class Costing:
         if candidate.quality is not None:
             assert candidate.image_format is not None
             image_bits = 8 * self.problem.example[0].numel()
-            edge = self._pruned(Candidate("output"))
+            edge = self._pruned(Candidate(OUTPUT))
             return HalfCosts("edge-only", image_size, edge=edge, image=(candidate.image_format, candidate.quality), reply_bytes=reply_bytes), image_bits
         head = self._pruned(candidate)
         if candidate.kind == "device-only":

@@ -43,24 +43,16 @@ class Evaluator:
         self.costing = Costing(problem, deployment, self.training.teacher_logits.shape[1])
         self.reference_accuracy = accuracy(problem.backbone, self.validation)
 
-    def measure(self, candidate: Candidate, trial_seed: int) -> Measurement:
-        """Accuracy, sizes and costs of `candidate`: a pure function of it and `trial_seed`.
+    def measure(self, candidate: Candidate, trial_seed: int, *, rescores: bool = False) -> Measurement:
+        """Accuracy, sizes and costs of `candidate`: a pure function of the arguments.
+
+        Where the supernet has weights for it they are taken as they are (`is_estimate`), unless this `rescores`: then a short training goes before.
 
         Raises:
             ModelError: the candidate prunes a layer to nothing, its codec does not fit the cut, or its device half does not bear int8.
             ProfileError: a profile lacks the backbone or a block.
         """
-        return self._measured(candidate, trial_seed, trains=not self.is_estimate(candidate))
-
-    def rescore(self, candidate: Candidate, trial_seed: int) -> Measurement:
-        """`measure`, after a short training also where the supernet has weights to start from."""
-        return self._measured(candidate, trial_seed, trains=True)
-
-    def is_estimate(self, candidate: Candidate) -> bool:
-        """Whether `measure` takes the supernet's word, untrained for this candidate alone."""
-        return self.supernet is not None and self.supernet.covers(candidate)
-
-    def _measured(self, candidate: Candidate, trial_seed: int, *, trains: bool) -> Measurement:
+        trains = rescores or not self.is_estimate(candidate)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial_seed)
             if candidate.image_format is not None and candidate.quality is not None:
@@ -74,6 +66,10 @@ class Evaluator:
             elif candidate.keep:
                 recalibrated(network, self.training.sample)
             return self._measure_split(network, candidate) if isinstance(network, CoInference) else self._measure_device_only(network, candidate)
+
+    def is_estimate(self, candidate: Candidate) -> bool:
+        """Whether `measure` takes the supernet's word, untrained for this candidate alone."""
+        return self.supernet is not None and self.supernet.covers(candidate)
 
     @torch.no_grad()
     def _recalibrate_behind(self, network: CoInference, cut: str) -> None:

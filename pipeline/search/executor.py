@@ -15,9 +15,14 @@ from pipeline.errors import CoinferError, ModelError
 from pipeline.search.candidate import Candidate, Measurement
 from pipeline.search.pareto import not_finite
 
-Measure = Callable[[Candidate, int], Measurement]  # (candidate, trial seed) -> what it is worth
 ATTEMPTS = 2
 START_TIMEOUT_S = 120.0
+
+
+class Measure(Protocol):
+    """What a candidate is worth, by a trial with this seed; `rescores`: also where an estimate would do, by a training of its own."""
+
+    def __call__(self, candidate: Candidate, trial_seed: int, *, rescores: bool = False) -> Measurement: ...
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,15 @@ class Job:
     number: int
     candidate: Candidate
     seed: int
+    rescores: bool = False
 
     def to_json(self) -> str:
-        return json.dumps({"number": self.number, "candidate": self.candidate.to_dict(), "seed": self.seed})
+        return json.dumps({**vars(self), "candidate": self.candidate.to_dict()})
 
     @classmethod
     def from_json(cls, text: str) -> Job:
         fields = json.loads(text)
-        return cls(fields["number"], Candidate.from_dict(fields["candidate"]), fields["seed"])
+        return cls(**{**fields, "candidate": Candidate.from_dict(fields["candidate"])})
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def evaluate(measure: Measure, job: Job) -> Outcome:
         CoinferError: memory ran out, which is no result of the trial: another day it may pass.
     """
     try:
-        measured = measure(job.candidate, job.seed)
+        measured = measure(job.candidate, job.seed, rescores=job.rescores)
     except (ModelError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         # torch has no class of its own for it
         if isinstance(error, MemoryError) or (not isinstance(error, ModelError) and re.search("out of memory|allocate", str(error))):
@@ -81,9 +87,10 @@ def one_line(error: BaseException) -> str:
 
 
 class Executor(Protocol):
-    """Evaluates jobs, up to `workers` at a time."""
+    """Evaluates jobs, up to `workers` at a time; `finished` is how many it has."""
 
     workers: int
+    finished: int
 
     def submit(self, job: Job) -> None: ...
 
@@ -104,14 +111,16 @@ class InProcess:
     workers = 1
 
     def __init__(self, measure: Measure) -> None:
-        self._measure = measure
+        self._measure, self.finished = measure, 0
         self._jobs: deque[Job] = deque()
 
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
 
     def next(self) -> Outcome:
-        return evaluate(self._measure, self._jobs.popleft())
+        outcome = evaluate(self._measure, self._jobs.popleft())
+        self.finished += 1
+        return outcome
 
     def close(self) -> None:
         """There is nothing to let go of."""
@@ -154,7 +163,7 @@ class Pool:
     """
 
     def __init__(self, fleet: Fleet, workers: int) -> None:
-        self.workers, self._fleet = workers, fleet
+        self.workers, self.finished, self._fleet = workers, 0, fleet
         self._queue: deque[Job] = deque()
         self._idle: list[int] = []
         self._busy: dict[int, Job] = {}
@@ -179,6 +188,7 @@ class Pool:
             deadline = time.monotonic() + START_TIMEOUT_S  # a replacement has its own time to start
             self._dispatch()
             if outcome is not None:
+                self.finished += 1
                 return outcome
 
     def close(self) -> None:

@@ -89,19 +89,20 @@ def choose(trials: Sequence[Trial], limits: Limits, minimize: str) -> Trial:
     if not measured:
         raise CoinferError(f"every trial of the search failed, the first with: {trials[0].failure if trials else 'no trials'}")
 
-    def missed(trial: Trial) -> dict[str, float]:
-        assert trial.measurement is not None
-        return {name: value for name, value in limits.violations(trial.measurement).items() if value > 0}
-
-    def described(trial: Trial) -> str:
-        assert trial.measurement is not None
-        return f"{trial.candidate.label()}: {' and '.join(limits.described(name, trial.measurement) for name in missed(trial))}"
-
     own = [trial for trial in measured if trial.duplicate_of is None]
-    nearest = sorted(own, key=lambda trial: (sum(missed(trial).values()), trial.number))[:NEAREST]
-    why = binding([trial.measurement for trial in own if trial.measurement is not None], limits)
-    found = f"none of {len(own)} candidates is within the limits: {why}; nearest are {'; '.join(map(described, nearest))}"
-    raise CoinferError(f"{found}. Loosen a limit, or give the search more trials.")
+    raise CoinferError(f"none of {len(own)} candidates is within the limits: {unmet(own, limits)}. Loosen a limit, or give the search more trials.")
+
+
+def unmet(trials: Sequence[Trial], limits: Limits) -> str:
+    """Which limits keep the measured `trials` out, all of them, and what the nearest miss."""
+    measured = [(trial, trial.measurement) for trial in trials if trial.measurement is not None]
+
+    def missed(measurement: Measurement) -> dict[str, float]:
+        return {name: value for name, value in limits.violations(measurement).items() if value > 0}
+
+    nearest = sorted(measured, key=lambda pair: (sum(missed(pair[1]).values()), pair[0].number))[:NEAREST]
+    described = (f"{trial.candidate.label()}: {' and '.join(limits.described(name, found) for name in missed(found))}" for trial, found in nearest)
+    return f"{binding([found for _, found in measured], limits)}; nearest are {'; '.join(described)}"
 
 
 def trials_csv(trials: Sequence[Trial], limits: Limits) -> str:

@@ -13,8 +13,10 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import track
 from rich.table import Table
 
+from pipeline.search.executor import Executor
 from pipeline.search.hypervolume import Box, hypervolume
 from pipeline.search.limits import Limits
 from pipeline.search.pareto import MEASURED, Trial, cheapest, feasible, non_dominated
@@ -92,12 +94,12 @@ def learning_csv(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 class LiveTable:
-    """Shows a `Progress` on stderr while the block runs, if that is a terminal."""
+    """Shows a `Progress` on stderr while the block runs, if that is a terminal; the time left by what `executor` evaluates meanwhile."""
 
-    def __init__(self, title: str, progress: Progress, trials: int) -> None:
-        self._title, self._progress, self._trials = title, progress, trials
+    def __init__(self, title: str, progress: Progress, trials: int, executor: Executor) -> None:
+        self._title, self._progress, self._trials, self._executor = title, progress, trials, executor
         self._arrivals: deque[float] = deque([time.monotonic()], RECENT + 1)
-        self._seen = 0
+        self._seen = self._finished = 0
         self._live = Live(get_renderable=self._table, console=Console(stderr=True), transient=True, refresh_per_second=2) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
@@ -110,9 +112,13 @@ class LiveTable:
             self._live.stop()
 
     def update(self) -> None:
-        if self._progress.evaluations > self._seen:
-            self._seen = self._progress.evaluations
-            self._arrivals.append(time.monotonic())
+        """Take note of a trial that `progress` was told of."""
+        now, evaluations, finished = time.monotonic(), self._progress.evaluations, self._executor.finished
+        if evaluations > self._seen and finished > self._finished:
+            self._arrivals.append(now)
+        elif len(self._arrivals) == 1:
+            self._arrivals[0] = now  # a baseline, or kept from an earlier run: what is timed is yet to come
+        self._seen, self._finished = evaluations, finished
 
     def _table(self) -> Table:
         progress, table = self._progress, Table(title=self._title, show_header=False)
@@ -131,3 +137,8 @@ class LiveTable:
         each = (self._arrivals[-1] - self._arrivals[0]) / (len(self._arrivals) - 1)
         left = max(0.0, each * (self._trials - self._progress.evaluations) - (time.monotonic() - self._arrivals[-1]))
         return f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+
+
+def counted(trials: Iterable[Trial], title: str, expected: int) -> Iterable[Trial]:
+    """`trials` as they come, and how many of those `expected` came as a line on stderr, if that is a terminal."""
+    return track(trials, title, expected, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.errors import CoinferError
 from pipeline.files import atomic_write_json, read_json
 from pipeline.search.candidate import Candidate, Measurement
-from pipeline.search.executor import Job, Measure, evaluate
+from pipeline.search.executor import Executor, Job
 from pipeline.search.limits import Limits
 from pipeline.search.pareto import MEASURED, Trial, choose, feasible, non_dominated
 
@@ -18,29 +18,43 @@ PATIENCE = 2  # times the number of candidates to rescore, until one is within t
 
 
 def rescored(
-    trials: Sequence[Trial], limits: Limits, minimize: str, count: int, measure: Measure, is_estimate: Callable[[Candidate], bool], *, seed: int, kept: Path
+    trials: Sequence[Trial], limits: Limits, minimize: str, count: int, executor: Executor, is_estimate: Callable[[Candidate], bool], *, seed: int, kept: Path
 ) -> Iterator[Trial]:
     """Measure the best estimates among `trials` again; yield them as further trials, each with `rescores`.
 
     They are the feasible Pareto set from its cheapest point on, up to the first point that is no estimate, which stands already; where no estimate is
-    feasible, those that miss the limits by least. There are `count`, and up to `PATIENCE` times as many while none of them is within the limits. `kept`
-    is a file that remembers them, so that an interrupted search does not measure them twice.
+    feasible, those that miss the limits by least. There are `count`, and up to `PATIENCE` times as many while none of them is within the limits; which,
+    and in which order, does not depend on the number of workers. `kept` is a file that remembers them, so that an interrupted search does not measure
+    them twice.
 
     Raises:
-        CoinferError: `kept` cannot be read or written, or memory ran out.
+        CoinferError: `kept` cannot be read or written, or no trial can be evaluated, as when memory ran out.
     """
     known = read_json(kept, "the rescored trials") if kept.exists() else {}
+    best = _best(trials, limits, minimize, is_estimate)[: PATIENCE * count]
     found: list[Trial] = []
-    for trial in _best(trials, limits, minimize, is_estimate)[: PATIENCE * count]:
-        if len(found) >= count and feasible(found, limits):
-            return
-        key = trial.candidate.to_json()
-        if key not in known:
-            known[key] = _measured(trial, measure, int(np.random.SeedSequence([seed, trial.number, 1]).generate_state(1)[0]))
+    flying: dict[int, Trial] = {}
+    started = 0
+    while len(found) < len(best) and not (len(found) >= count and feasible(found, limits)):
+        # what comes after the first `count` is needed only if none of these is good enough
+        wanted = min(count, len(best)) if len(found) < count else len(best)
+        while started < wanted and len(flying) < executor.workers:
+            trial, number = best[started], len(trials) + started
+            if trial.candidate.to_json() not in known:
+                trial_seed = int(np.random.SeedSequence([seed, trial.number, 1]).generate_state(1)[0])
+                executor.submit(Job(number, trial.candidate, trial_seed, rescores=True))
+                flying[number] = trial
+            started += 1
+        trial = best[len(found)]
+        row = known.get(trial.candidate.to_json())
+        if row is None:
+            outcome = executor.next()
+            measured = None if outcome.measurement is None else outcome.measurement.to_dict()
+            known[flying.pop(outcome.number).candidate.to_json()] = {"measurement": measured, "failure": outcome.failure}
             atomic_write_json(kept, known)
-        measurement, failure = known[key]["measurement"], known[key]["failure"]
-        again = Measurement(**measurement) if measurement is not None else None
-        found.append(Trial(len(trials) + len(found), trial.candidate, again, failure=failure, rescores=trial.number))
+            continue
+        again = None if row["measurement"] is None else Measurement(**row["measurement"])
+        found.append(Trial(len(trials) + len(found), trial.candidate, again, failure=row["failure"], rescores=trial.number))
         yield found[-1]
 
 
@@ -80,8 +94,3 @@ def _best(trials: Sequence[Trial], limits: Limits, minimize: str, is_estimate: C
 
     guesses = [trial for trial in trials if trial.measurement is not None and trial.duplicate_of is None and is_estimate(trial.candidate)]
     return sorted(guesses, key=lambda trial: (missed(trial), trial.number))
-
-
-def _measured(trial: Trial, measure: Measure, seed: int) -> dict[str, object]:
-    outcome = evaluate(measure, Job(trial.number, trial.candidate, seed))
-    return {"measurement": None if outcome.measurement is None else outcome.measurement.to_dict(), "failure": outcome.failure}

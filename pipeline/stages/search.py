@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +22,11 @@ from pipeline.search.build import build_evaluator, build_executor, threads_of
 from pipeline.search.ddpg import DdpgSearcher
 from pipeline.search.driver import search
 from pipeline.search.figure import hypervolume_figure, importance_figure, learning_figure, pareto_figure
+from pipeline.search.foresight import refuse_the_impossible
 from pipeline.search.importances import importances, importances_csv
 from pipeline.search.limits import Limits
 from pipeline.search.pareto import Trial, baselines, feasible, non_dominated, objectives, point, trials_csv
-from pipeline.search.progress import LiveTable, Progress, learning_csv, progress_csv
+from pipeline.search.progress import LiveTable, Progress, counted, learning_csv, progress_csv
 from pipeline.search.rescoring import choose_settled, rescored
 from pipeline.search.searcher import build_searcher
 
@@ -55,27 +57,30 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     torch.set_num_threads(threads_of(params))
     evaluator = build_evaluator(params, device)
     limits = Limits.of(params, device, evaluator.reference_accuracy, evaluator.costing.classes)
-    journal = STUDIES / _study_key(params, device) / "journal.log"
+    journal = STUDIES / _study_key(params, device, limits) / "journal.log"
 
     space = evaluator.problem.space()
     for remark in evaluator.problem.remarks():
         print(f"search {device}: of {params.backbone.name}, {remark}", file=sys.stderr)
+    refuse_the_impossible(space, evaluator.costing, limits)
     searcher = build_searcher(settings, space, evaluator.costing, limits, minimize, seed=params.run.seed)
     raw_bytes = wire_bytes(evaluator.problem.example.numel() + OVERHEAD_BYTES)
     progress = Progress(limits, minimize, raw_bytes, len(space.baselines()))
     trials: list[Trial] = []
     try:
-        with closing(build_executor(params, device, evaluator.measure)) as executor, LiveTable(f"search {device}", progress, settings.trials) as table:
-            for trial in search(space, searcher, executor, journal_file=journal, seed=params.run.seed, trials=settings.trials):
-                trials.append(trial)
-                point_now = progress.tell(trial)
-                table.update()
-                if point_now.best is not None:
-                    tracker.log_metrics({f"best_{minimize}": point_now.best, "hypervolume": point_now.hypervolume}, step=trial.number)
-        trials.sort(key=lambda trial: trial.number)  # several workers finish in another order
-        history = Progress(limits, minimize, raw_bytes, len(space.baselines())).history(trials)
-        kept = journal.with_name("rescored.json")
-        trials.extend(rescored(tuple(trials), limits, minimize, settings.rescored, evaluator.rescore, evaluator.is_estimate, seed=params.run.seed, kept=kept))
+        with closing(build_executor(params, device, evaluator.measure)) as executor:
+            with LiveTable(f"search {device}", progress, settings.trials, executor) as table:
+                for trial in search(space, searcher, executor, journal_file=journal, seed=params.run.seed, trials=settings.trials):
+                    trials.append(trial)
+                    point_now = progress.tell(trial)
+                    table.update()
+                    if point_now.best is not None:
+                        tracker.log_metrics({f"best_{minimize}": point_now.best, "hypervolume": point_now.hypervolume}, step=trial.number)
+            trials.sort(key=lambda trial: trial.number)  # several workers finish in another order
+            history = Progress(limits, minimize, raw_bytes, len(space.baselines())).history(trials)
+            options: dict[str, Any] = {"seed": params.run.seed, "kept": journal.with_name("rescored.json")}
+            again = rescored(tuple(trials), limits, minimize, settings.rescored, executor, evaluator.is_estimate, **options)
+            trials.extend(counted(again, f"search {device}: rescoring", settings.rescored))
     except KeyboardInterrupt:
         raise Interrupted(f"search {device} was interrupted: {len(trials)} trials are kept in {journal}; `dvc repro` goes on from there.") from None
 
@@ -123,24 +128,22 @@ def run(params: Params, device: str, tracker: Tracker) -> dict[str, Any]:
     return summary
 
 
-def _study_key(params: Params, device: str) -> str:
-    """Names all that a trial's outcome depends on, so not how many there are nor what is chosen from them: more trials go on with the same study.
-
-    But for `ddpg`, whose exploration is planned for a number of trials.
-    """
-    agent = params.search.method == "ddpg"
-    paths = DevicePaths(device)
+def _study_key(params: Params, device: str, limits: Limits) -> str:
+    """Names all that trials depend on and their method reads, so not what is chosen from them, nor how many there are, which `ddpg` alone plans for."""
+    settings, paths = params.search, DevicePaths(device)
+    unread = {"rescored", "executor", "workers", "ray_address"} | ({"trials", "ddpg"} if settings.method != "ddpg" else set())
+    learns_from: list[Any] = [] if settings.method in ("random", "uniform") else [asdict(limits)]
+    if settings.method in ("tpe", "nsga2"):
+        learns_from.append(list(objectives(params.objective.minimize)))
     supernet = sorted(paths.supernet.glob("*.safetensors"))
     inputs = (DATA_CARD, BACKBONE_WEIGHTS, paths.cuts, paths.device_profile, paths.edge_profile, *supernet)
     known = {
         "run": [params.run.seed, threads_of(params)],
         "backbone": params.backbone.name,
-        "device": [device, params.device(device).model_dump(include={"memory_mb", "link", "power"})],
-        "search": params.search.model_dump(
-            exclude={"rescored", "executor", "workers", "ray_address", "trials" if not agent else "", "ddpg" if not agent else ""}
-        ),
+        "device": [device, params.device(device).model_dump(include={"link", "power"})],
+        "search": settings.model_dump(exclude=unread),
         "codec": params.codec.model_dump(),
-        "limits": params.objective.model_dump(exclude={"minimize"}),
+        "learns from": learns_from,
         "files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
         "code": fingerprint(CODE, params.backbone.name),
     }

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from models.operations import macs
 from pipeline.costs.device_profile import CALL_COLUMNS, DeviceProfile, WholeNetwork, backbone_key
 from pipeline.errors import ProfileError
 from tests.pipeline.costs.profiles import KEY, exactly, toy_profile, whole
+
+ROOT = Path(__file__).resolve().parents[3]
 
 INPUTS = CALL_COLUMNS.index("inputs")
 
@@ -48,6 +51,15 @@ def test_slowdown_multiplies_every_time_and_says_so() -> None:
     assert slower is not None
     assert slower.median_ms == pytest.approx(6 * measured.median_ms)
     assert slow.to_dict()["kernels"] == plain.to_dict()["kernels"], "a file holds what was measured"
+
+
+@pytest.mark.parametrize("profile", [toy_profile(), DeviceProfile.load(ROOT / "profiles/epyc.json")], ids=["toy", "epyc"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_no_half_is_predicted_to_take_less_than_its_multiply_accumulates_do(profile: DeviceProfile, precision: Any) -> None:
+    for operations in (whole(), whole()[:1]):
+        least_ms = profile.slowed(3).least_ms(macs(operations), precision)
+        assert 0 < least_ms <= profile.slowed(3).half_ms(operations, precision)
+        assert profile.least_ms(macs(operations), precision) == pytest.approx(least_ms / 3)
 
 
 def test_a_saved_slower_device_is_as_slow_when_loaded(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ def measurement(accuracy: float, total_ms: float, wire_bytes: float, memory_mb: 
     )
 
 
-def fake_measure(candidate: Candidate, trial_seed: int) -> Measurement:
-    """Pure in its arguments; more bits and channels are more accurate and dearer, pruning is cheaper and less accurate."""
-    noise = trial_seed % 1000 / 1e5
+def fake_measure(candidate: Candidate, trial_seed: int, *, rescores: bool = False) -> Measurement:
+    """Pure in its arguments; more bits and channels are more accurate and dearer, pruning is cheaper and less accurate, what is rescored worse than thought."""
+    noise = trial_seed % 1000 / 1e5 + 0.02 * rescores
     pruned = sum(1 - ratio for _, ratio in candidate.keep)
     if candidate.kind == "device-only":
         return measurement(0.9 - 0.1 * pruned - noise, 100 - 20 * pruned, 0.0)
@@ -52,12 +52,12 @@ def plain() -> Measure:
 def slow(seconds: float, log: str | None = None) -> Measure:
     """A line in `log` for every evaluation that starts: the process, then the candidate."""
 
-    def measure(candidate: Candidate, trial_seed: int) -> Measurement:
+    def measure(candidate: Candidate, trial_seed: int, *, rescores: bool = False) -> Measurement:
         if log is not None:
             with Path(log).open("a") as file:
                 file.write(f"{os.getpid()} {trial_seed} {candidate.to_json()}\n")
         time.sleep(seconds)
-        return fake_measure(candidate, trial_seed)
+        return fake_measure(candidate, trial_seed, rescores=rescores)
 
     return measure
 
@@ -65,10 +65,10 @@ def slow(seconds: float, log: str | None = None) -> Measure:
 def deadly(cut: str, log: str | None = None) -> Measure:
     """Candidates at `cut` take the worker with them."""
 
-    def measure(candidate: Candidate, trial_seed: int) -> Measurement:
+    def measure(candidate: Candidate, trial_seed: int, *, rescores: bool = False) -> Measurement:
         if candidate.cut == cut:
             os.kill(os.getpid(), 9)
-        return slow(0.0, log)(candidate, trial_seed)
+        return slow(0.0, log)(candidate, trial_seed, rescores=rescores)
 
     return measure
 

@@ -1,11 +1,13 @@
 """What a candidate is predicted to cost, against the network that it describes."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
+from models.codec import code_shape
 from models.cutting import count_macs, cut_points, split
 from models.operations import operations
 from pipeline.networks import split_network
@@ -43,35 +45,36 @@ def some_candidates(costing):
     yield from (Candidate("output", tuple((block, share) for block in costing.problem.legal_keep("output"))) for share in (0.5, 0.75, 1.0))
 
 
+def symbols(costing, candidate):
+    return math.prod(code_shape(costing.feature_shape(candidate.cut), candidate.code_channels, candidate.stride))
+
+
 def test_a_split_costs_what_its_own_halves_compute(make, backbone):
     costing = make()
     network = split_network(backbone, EXAMPLE, SPLIT, costing.problem.plan("block1", dict(SPLIT.keep))).eval()
-    costs = costing.costs(SPLIT)
-    assert list(map(shapes, costs.device)) == list(map(shapes, operations(network.device_half().eval(), EXAMPLE)))
     symbols = torch.zeros(1, *network.codec.code_shape, dtype=torch.uint8)
-    assert list(map(shapes, costs.edge)) == list(map(shapes, operations(network.edge_half().eval(), symbols)))
-    assert costs.symbols == symbols.numel()
-    measured = costing.measurement(SPLIT, 0.5, [20, 21], 1, 1, 1)
+    measured, (device, edge) = costing.measurement(SPLIT, 0.5, [20, 21], 1, 1, 1), (costing.deployment.device, costing.deployment.edge)
+    computed = operations(network.device_half().eval(), EXAMPLE), operations(network.edge_half().eval(), symbols)
+    assert measured.device_ms == pytest.approx(device.image(16).preprocess.median_ms + device.half_ms(computed[0]))
+    assert measured.edge_ms == pytest.approx(edge.half_ms(computed[1]))
+    assert measured.encode_ms == device.coder_times.encode_ms(symbols.numel())
     assert measured.device_macs == sum(count_macs(network.device_half().eval(), EXAMPLE).values())
     assert measured.frame_bytes == 20.5 + 13
     assert measured.total_ms == pytest.approx(measured.device_ms + measured.encode_ms + measured.link_ms + measured.decode_ms + measured.edge_ms)
 
 
-def shapes(operation):
-    return operation.kind, operation.inputs, operation.output, operation.weight
-
-
 def test_the_image_goes_through_the_whole_network_on_the_edge(make, backbone):
-    costs = make().costs(Candidate("input", quality=30))
-    assert list(map(shapes, costs.edge)) == list(map(shapes, operations(backbone, EXAMPLE)))
-    assert costs.image == ("webp", 30)
-    assert not costs.device
+    costing = make()
+    measured, (device, edge) = costing.measurement(Candidate("input", quality=30), 0.5, [20], 1, 1, 1), (costing.deployment.device, costing.deployment.edge)
+    assert measured.edge_ms == pytest.approx(edge.image(16).preprocess.median_ms + edge.half_ms(operations(backbone, EXAMPLE)))
+    assert measured.encode_ms == device.image(16).encode_ms("webp", 30)
+    assert (measured.device_ms, measured.device_macs) == (0, 0)
 
 
 def test_the_bound_is_never_below_what_is_measured_with_any_code_up_to_its_uncoded_size(make):
     costing = make()
     for candidate in some_candidates(costing):
-        uncoded = 0 if candidate.kind == "device-only" else -(-costing.costs(candidate).symbols * candidate.bits // 8)
+        uncoded = 0 if candidate.kind == "device-only" else -(-symbols(costing, candidate) * candidate.bits // 8)
         for payload in {1, uncoded // 2, uncoded, uncoded + 1} - {0} if uncoded else ():
             assert costing.measurement(candidate, 0.5, [payload], 1, 1, 1).total_ms <= costing.bound_ms(candidate)
     whole = Candidate("output")
@@ -100,8 +103,7 @@ def test_asking_draws_no_random_number_and_changes_no_weight(make, backbone):
 def test_every_codec_has_costs(make, kind, code_channels, stride):
     candidate = Candidate("block1", (), code_channels, stride, 8, codec=kind)
     costing = make(kind)
-    costs = costing.costs(candidate)
-    assert bool(costs.symbols) == (kind in ("raw-8bit", "codebook"))
+    assert bool(costing.measurement(candidate, 0.5, [20], 1, 1, 1).encode_ms) == (kind in ("raw-8bit", "codebook"))
     assert costing.bound_ms(candidate) > 0
 
 

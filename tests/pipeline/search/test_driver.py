@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def test_running_out_of_memory_is_no_result_of_a_trial(tmp_path):
-    def hungry(candidate, trial_seed):
+    def hungry(candidate, trial_seed, *, rescores):
         if candidate.kind == "split":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         return fake_measure(candidate, trial_seed)

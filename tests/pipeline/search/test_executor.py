@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_jobs_and_outcomes_survive_the_pipe():
-    job = Job(7, Candidate("late", (("a", 0.5),), 4, 2, 3), 11)
+    job = Job(7, Candidate("late", (("a", 0.5),), 4, 2, 3), 11, rescores=True)
     assert Job.from_json(job.to_json()) == job
     for outcome in (Outcome(7, fake_measure(job.candidate, 3)), Outcome(8, failure="no")):
         assert Outcome.from_json(outcome.to_json()) == outcome
@@ -80,7 +80,7 @@ def test_closing_ends_the_workers():
 
 
 def test_one_worker_is_the_driver_itself():
-    def measure(candidate, trial_seed):
+    def measure(candidate, trial_seed, *, rescores):
         assert os.getpid() == pid
         return fake_measure(candidate, trial_seed)
 

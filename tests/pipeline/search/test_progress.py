@@ -1,14 +1,16 @@
 import csv
 import io
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.search.candidate import Candidate
+from pipeline.search.executor import InProcess
 from pipeline.search.hypervolume import Box, hypervolume
 from pipeline.search.importances import importances, importances_csv
 from pipeline.search.pareto import Trial, feasible, non_dominated
-from pipeline.search.progress import LATENCY_SPAN, LiveTable, Progress, progress_csv
-from tests.pipeline.search.fake_measures import measurement
+from pipeline.search.progress import LATENCY_SPAN, LiveTable, Progress, counted, progress_csv
+from tests.pipeline.search.fake_measures import fake_measure, measurement
 from tests.pipeline.search.fakes import LIMITS, SPACE, trials_of
 
 
@@ -42,7 +44,7 @@ def test_the_table_of_progress_leaves_the_best_empty_while_there_is_none():
 
 def test_the_live_table_is_quiet_where_there_is_no_terminal(trials, capfd):
     progress = fresh()
-    with LiveTable("search", progress, 40) as table:
+    with LiveTable("search", progress, 40, InProcess(fake_measure)) as table:
         for trial in trials:
             progress.tell(trial)
             table.update()
@@ -52,13 +54,41 @@ def test_the_live_table_is_quiet_where_there_is_no_terminal(trials, capfd):
 def test_the_live_table_shows_best_hypervolume_evaluations_and_time(trials, capfd, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     progress = fresh()
-    with LiveTable("search camera", progress, 50) as table:
+    with LiveTable("search camera", progress, 50, InProcess(fake_measure)) as table:
         for trial in trials:
             progress.tell(trial)
             table.update()
     shown = capfd.readouterr().err
     for words in ("search camera", "best so far", "latency_ms", "hypervolume", "40 of 50", "time left"):
         assert words in shown
+
+
+def test_only_what_this_run_evaluates_tells_the_time_left(trials, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    clock, executor, progress = SimpleNamespace(now=0.0), InProcess(fake_measure), fresh()
+    monkeypatch.setattr("pipeline.search.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    with LiveTable("search camera", progress, 40, executor) as table:
+        for trial in trials:
+            if progress.evaluations == 30:
+                break
+            if progress.evaluations < 20:
+                clock.now += 1  # it is kept, and learned from
+            elif trial.duplicate_of is None:
+                executor.finished += 1
+                clock.now += 6
+            progress.tell(trial)
+            table.update()
+    shown = capfd.readouterr().err
+    assert "0:01:00" in shown, "ten are left, of six seconds each"
+
+
+def test_what_comes_is_counted_where_there_is_a_terminal(trials, capfd, monkeypatch):
+    assert list(counted(iter(trials), "rescoring", 4)) == trials
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert list(counted(iter(trials), "rescoring", len(trials))) == trials
+    assert "rescoring" in capfd.readouterr().err
 
 
 def test_importances_find_what_matters(trials):

@@ -1,15 +1,12 @@
 """Search over a real Ray cluster: a head and two worker nodes, each a process tree of its own."""
 
-import compileall
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
+import threading
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -19,85 +16,22 @@ from pipeline.search.ray_fleet import RayFleet
 from tests.pipeline.search.fakes import run, setup
 
 ray = pytest.importorskip("ray", reason="ray is not installed (extra `cluster`)")
+ray_cluster = pytest.importorskip("benchmarks.ray_cluster", reason="ray is not installed (extra `cluster`)")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),  # ray leaves its sockets and logs open
     pytest.mark.filterwarnings("ignore:Tip.*RAY_ACCEL_ENV_VAR:FutureWarning"),
 ]
-ROOT = Path(__file__).resolve().parents[3]
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Address of the head, which has no CPU for actors; both other nodes have one."""
-    compileall.compile_dir(Path(ray.__file__).parent, quiet=2)  # after a fresh install each of the nodes would, and end for being slow
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
-    address = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_DASHBOARD": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}  # a node whose agent starts slowly ends itself
-    memory = ["--object-store-memory", "80000000", "--block"]
-    head = [
-        "--head",
-        "--num-cpus",
-        "0",
-        "--port",
-        address.split(":")[1],
-        "--include-dashboard",
-        "false",
-        "--temp-dir",
-        folder,
-        "--node-ip-address",
-        "127.0.0.1",
-    ]
-    commands = [head, *([["--address", address, "--num-cpus", "1"]] * 2)]
-    nodes = []
-    try:
-        for command in commands:
-            with (Path(folder) / f"start-{len(nodes)}.log").open("w") as log:
-                nodes.append(subprocess.Popen([RAY, "start", *command, *memory], env=environment, stdout=log, stderr=log, start_new_session=True))
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline and not answers(address):
-                time.sleep(0.1)
-        if not joined(address, 2):
-            pytest.skip("the nodes of a Ray cluster do not start here within two minutes")
+    """Address of a cluster of two nodes with a CPU each."""
+    with ExitStack() as stack:
+        try:
+            address = stack.enter_context(ray_cluster.ray_cluster(cpus=1))
+        except TimeoutError as error:
+            pytest.skip(str(error))
         yield address
-    finally:
-        for node in nodes[::-1]:
-            os.killpg(node.pid, signal.SIGTERM)
-        for node in nodes:
-            try:
-                node.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(node.pid, signal.SIGKILL)
-                node.wait()
-
-
-def joined(address, cpus):
-    """Whether the nodes of the cluster come to have so many CPUs."""
-    deadline = time.monotonic() + 120
-    try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-        while time.monotonic() < deadline:
-            if ray.cluster_resources().get("CPU") == cpus:
-                return True
-            time.sleep(0.5)
-        return False
-    finally:
-        ray.shutdown()
-
-
-def answers(address):
-    try:
-        socket.create_connection(address.split(":"), 1).close()
-    except OSError:
-        return False
-    return True
 
 
 def test_a_cluster_gives_the_table_of_one_process_also_when_a_worker_is_killed(cluster, tmp_path):
@@ -143,4 +77,51 @@ def test_a_folder_that_the_cluster_does_not_have_is_one_sentence(cluster, tmp_pa
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "nowhere", "127.0.0.1:99999999"])
 def test_an_address_that_nobody_answers_at_is_one_sentence(address):
     with pytest.raises(CoinferError, match=r"nobody answers at search\.ray_address .*; start a Ray cluster there, or correct the address"):
-        RayFleet(setup("plain"), address.format(port=free_port()))
+        RayFleet(setup("plain"), address.format(port=ray_cluster.free_port()))
+
+
+@pytest.fixture(params=["web server", "silence"])
+def other(request):
+    """Address of something that is not Ray."""
+    if request.param == "silence":
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            yield f"127.0.0.1:{listening.getsockname()[1]}"
+        return
+
+    class Quiet(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+NO_HEAD = r"what answers at search\.ray_address .* is no head of a Ray cluster; give the port of `ray start --head --port=PORT`"
+
+
+def test_something_else_at_the_address_is_one_sentence(other, monkeypatch):
+    monkeypatch.setattr("pipeline.search.ray_fleet.ANSWER_TIMEOUT_S", 0.5)
+    with pytest.raises(CoinferError, match=NO_HEAD):
+        RayFleet(setup("plain"), other)
+
+
+def test_another_port_of_the_cluster_is_one_sentence(cluster):
+    """A node speaks as the head does, and answers other questions."""
+    ray.init(address=cluster, logging_level="ERROR", log_to_driver=False)
+    port = ray.nodes()[0]["NodeManagerPort"]
+    ray.shutdown()
+    with pytest.raises(CoinferError, match=NO_HEAD):
+        RayFleet(setup("plain"), f"127.0.0.1:{port}")
+
+
+def test_auto_is_the_cluster_that_ray_is_told_of(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    table = run(tmp_path / "auto", method="random", trials=2, executor=Pool(RayFleet(setup("plain"), "auto"), 1))
+    assert table == run(tmp_path / "one", method="random", trials=2)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{ray_cluster.free_port()}")
+    with pytest.raises(CoinferError, match=r"nobody answers at search\.ray_address"):
+        RayFleet(setup("plain"), "auto")

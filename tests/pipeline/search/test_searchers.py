@@ -77,7 +77,7 @@ def test_baselines_come_first(tmp_path, method):
 def test_trials_are_evaluations_beyond_the_baselines_and_none_is_made_twice(tmp_path, method):
     seen = []
 
-    def measure(candidate, trial_seed):
+    def measure(candidate, trial_seed, *, rescores):
         seen.append(candidate)
         return fake_measure(candidate, trial_seed)
 
@@ -92,7 +92,7 @@ def test_trials_are_evaluations_beyond_the_baselines_and_none_is_made_twice(tmp_
 
 @every_method
 def test_a_failing_candidate_is_recorded_and_the_search_goes_on(tmp_path, method):
-    def unlucky(candidate, trial_seed):
+    def unlucky(candidate, trial_seed, *, rescores):
         if candidate.kind == "split" and trial_seed % 3 == 0:
             raise RuntimeError("out of\nluck")
         measured = fake_measure(candidate, trial_seed)
@@ -172,7 +172,7 @@ def hypercube():
     return Space(codes={}, bits=(), images=(("webp", 100),), keep=lambda cut: {f"g{n}": (0.25, 0.5, 0.75, 1.0) for n in range(8)})
 
 
-def towards_the_corner(candidate, trial_seed):
+def towards_the_corner(candidate, trial_seed, *, rescores):
     measured = fake_measure(candidate, trial_seed)
     if candidate.cut != OUTPUT:
         return measured

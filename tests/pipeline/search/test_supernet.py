@@ -138,7 +138,7 @@ def test_a_measurement_is_pure_and_draws_and_changes_nothing(supernet, evaluator
     torch.manual_seed(3)
     state = torch.get_rng_state()
     first = [evaluator.measure(candidate, 0) for candidate in (WHOLE, PRUNED, OUTPUT)]
-    evaluator.rescore(PRUNED, 1)
+    evaluator.measure(PRUNED, 1, rescores=True)
     assert [evaluator.measure(candidate, 7) for candidate in (WHOLE, PRUNED, OUTPUT)] == first, "nothing is drawn, so the seed is none"
     assert torch.equal(torch.get_rng_state(), state)
     after = [network.state_dict() for network in (supernet.problem.backbone, supernet.body, *supernet.splits.values())]
@@ -152,7 +152,7 @@ def test_what_needs_no_supernet_is_measured_without(evaluator):
 
 
 def test_training_on_from_the_supernet_is_measured_as_such(evaluator):
-    estimated, trained_on = (method(replace(WHOLE, code_channels=2, stride=2, bits=1), 0) for method in (evaluator.measure, evaluator.rescore))
+    estimated, trained_on = (evaluator.measure(replace(WHOLE, code_channels=2, stride=2, bits=1), 0, rescores=again) for again in (False, True))
     assert trained_on.accuracy > estimated.accuracy - 0.02
     assert trained_on != estimated
     assert trained_on.device_params == estimated.device_params

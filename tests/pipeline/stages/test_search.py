@@ -108,7 +108,7 @@ def quick(monkeypatch):
     """Candidates measured by a formula; gives the list of those asked for."""
     asked = []
 
-    def measure(self, candidate, trial_seed):
+    def measure(self, candidate, trial_seed, *, rescores):
         asked.append(candidate)
         return measurement(1.0, 5.0 + (candidate.quality or 40), float(candidate.quality or 0))
 
@@ -120,10 +120,10 @@ def test_ctrl_c_says_what_is_kept(prepared, digits_params, tracker, quick, monke
     with monkeypatch.context() as patch:
         measure = Evaluator.measure
 
-        def interrupted(self, candidate, trial_seed):
+        def interrupted(self, candidate, trial_seed, *, rescores):
             if len(quick) == 4:
                 raise KeyboardInterrupt
-            return measure(self, candidate, trial_seed)
+            return measure(self, candidate, trial_seed, rescores=rescores)
 
         patch.setattr(Evaluator, "measure", interrupted)
         with pytest.raises(Interrupted, match=r"search camera was interrupted: \d+ trials are kept in .*journal.log; `dvc repro` goes on"):
@@ -145,7 +145,7 @@ def test_another_choice_from_the_same_study_measures_nothing(prepared, digits_fi
 
 def test_importances_are_drawn_where_there_is_enough_to_say(prepared, digits_fields, tracker, monkeypatch):
     monkeypatch.setattr(
-        Evaluator, "measure", lambda self, candidate, seed: measurement(1.0 - 1 / (1 + (candidate.bits or 9)), 5.0 + (candidate.stride or 40), 9.0)
+        Evaluator, "measure", lambda self, candidate, seed, *, rescores: measurement(1.0 - 1 / (1 + (candidate.bits or 9)), 5.0 + (candidate.stride or 40), 9.0)
     )
     run(with_(digits_fields, search={"trials": 25, "method": "random"}), "camera", tracker)
     assert tracker.figures == ["pareto.png", "hypervolume.png", "importances.png"]
@@ -205,6 +205,29 @@ def test_other_inputs_are_another_study(prepared, digits_fields, digits_params, 
     save_file(tiny.tiny_backbone(10, 16).state_dict(), BACKBONE_WEIGHTS)
     run(digits_params, "camera", tracker)
     assert len(list(STUDIES.iterdir())) == 3
+
+
+@pytest.mark.parametrize(("method", "studies"), [("random", 1), ("uniform", 1), ("tpe", 3), ("ddpg", 3)])
+def test_limits_and_the_agents_settings_are_another_study_only_for_methods_that_read_them(prepared, digits_fields, tracker, quick, method, studies):
+    fields, changes = digits_fields | {"search": digits_fields["search"] | {"method": method}}, ({}, {"max_latency_ms": 900}, {"max_energy_mj": 900})
+    for change in changes:
+        run(with_(fields, objective=change), "camera", tracker)
+    assert len(list(STUDIES.iterdir())) == studies
+    run(with_(fields, search={"ddpg": {"reward_weights": [0.2]}}), "camera", tracker)
+    assert len(list(STUDIES.iterdir())) == studies + (method == "ddpg")
+
+
+def test_other_objectives_are_another_study_where_they_are_searched_for(prepared, digits_fields, tracker, quick):
+    for minimize, studies in (("latency_ms", 1), ("wire_bytes", 1), ("energy_mj", 2)):
+        run(with_(digits_fields, objective={"minimize": minimize}), "camera", tracker)
+        assert len(list(STUDIES.iterdir())) == studies
+
+
+def test_what_nothing_can_keep_is_refused_before_the_first_trial(prepared, digits_fields, tracker, quick):
+    with pytest.raises(CoinferError, match=r"even with the least that is foreseen of each: none keeps the limit on latency; nearest are .* ms of 0\.02 ms"):
+        run(with_(digits_fields, objective={"max_latency_ms": 0.02}), "camera", tracker)
+    assert not quick
+    assert not STUDIES.exists()
 
 
 def test_a_device_too_small_for_everything_names_memory(prepared, digits_fields, tracker, quick):
