@@ -147,7 +147,7 @@ class Shared:
         self.connection.execute("pragma journal_mode=wal")
         self.connection.execute("create table if not exists known (candidate text primary key, measurement text)")
 
-    def __call__(self, candidate: Candidate, trial_seed: int) -> Measurement:
+    def __call__(self, candidate: Candidate, trial_seed: int, *, rescores: bool = False) -> Measurement:
         key = json.dumps(candidate.to_dict(), sort_keys=True)
         row = self.connection.execute("select measurement from known where candidate = ?", (key,)).fetchone()
         if row is not None:

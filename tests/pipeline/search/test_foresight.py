@@ -25,9 +25,9 @@ BOUNDED = ("total_ms", "energy_mj", "device_memory_mb", "bundle_mb")
 @pytest.fixture
 def make(tiny_backbone, digits_params):
     def build(kind="uniform", **changes):
-        changes = {"codec_steps": 1, "code_channels": [2, 8], "strides": [1, 2], "bits": [1, 4], "keep": [0.0, 0.25, 0.5, 1.0]} | changes
+        changes = {"codecs": [kind], "codec_steps": 1, "code_channels": [2, 8], "strides": [1, 2], "bits": [1, 4], "keep": [0.0, 0.25, 0.5, 1.0]} | changes
         cuts = cut_points(tiny_backbone, torch.zeros(1, 3, 16, 16))
-        problem = Problem(tiny_backbone, cuts, digits_params.search.model_copy(update=changes), Codec(kind=kind), channel_block=1)
+        problem = Problem(tiny_backbone, cuts, digits_params.search.model_copy(update=changes), Codec(), channel_block=1)
         return Evaluator(problem, pictures(64, 0), pictures(20, 1), deployment(), 0)
 
     return build

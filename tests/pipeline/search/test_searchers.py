@@ -126,7 +126,7 @@ def test_only_legal_combinations_are_proposed(tmp_path, method):
 
 @every_method
 def test_every_kind_of_codec_is_tried_and_the_better_one_more_often_by_what_learns(tmp_path, method):
-    def measure(candidate, trial_seed):
+    def measure(candidate, trial_seed, rescores=False):
         measured = fake_measure(replace(candidate, codec="uniform", rate_weight=None, points=()) if candidate.codec else candidate, trial_seed)
         return measured if candidate.codec == "rate" else replace(measured, device_memory_mb=9.0, total_ms=10 * measured.total_ms)
 
