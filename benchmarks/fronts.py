@@ -72,19 +72,25 @@ SEARCH = {
     "bits": [2, 3, 4],
     "rate_weights": [0.0005, 0.002],
 }
-RESNET20 = Place(
-    "resnet20",
+# Where neither staying, sending the image nor splitting is best in everything.
+LINK = {"memory_mb": 64.0, "link": {"rate_mbps": 0.2, "rtt_ms": 10}}
+COMMON = {
+    "supernet": {"epochs": 1},
+    "search": {**SEARCH, "validation_images": 1000},
+    "objective": {"max_accuracy_drop": 0.1},  # of what was trained in one epoch for all candidates, and is not fine-tuned yet
+}
+RESNET20 = Place("resnet20", "examples/cifar10", {"pretrain": {"epochs": 0, "teachers": {}}, "devices": {DEVICE: LINK}, **COMMON})
+RESNET8 = Place(
+    "resnet8",
     "examples/cifar10",
     {
-        "pretrain": {"epochs": 0, "teachers": {}},
-        # where neither staying, sending the image nor splitting is best in everything
-        "devices": {DEVICE: {"memory_mb": 64.0, "link": {"rate_mbps": 0.2, "rtt_ms": 10}}},
-        "supernet": {"epochs": 1},
-        "search": {**SEARCH, "validation_images": 1000},
-        "objective": {"max_accuracy_drop": 0.1},  # of what was trained in one epoch for all candidates, and is not fine-tuned yet
+        "backbone": {"name": "resnet8", "weights": None},
+        "pretrain": {"epochs": 20, "learning_rate": 0.1, "teachers": {"weights/resnet20-cifar10jpeg.safetensors": "resnet20"}},
+        "devices": {DEVICE: {**LINK, "slowdown": 120}},  # takes as long as ResNet-20 on the other
+        **COMMON,
     },
 )
-PLACES = {place.name: place for place in (RESNET20,)}
+PLACES = {place.name: place for place in (RESNET20, RESNET8)}
 
 
 def prepared(place: Place) -> Params:
