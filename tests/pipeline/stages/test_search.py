@@ -169,7 +169,11 @@ def test_the_kind_of_codec_is_searched(prepared, digits_fields, tracker, method)
 
 def test_which_kind_of_codec_it_is_may_matter_most(prepared, digits_fields, tracker, monkeypatch):
     worth = {"rate": 0.9, "codebook": 0.5}
-    monkeypatch.setattr(Evaluator, "measure", lambda self, candidate, seed: measurement(worth.get(candidate.codec, 1.0), 5.0 + (candidate.stride or 40), 9.0))
+
+    def measure(self, candidate, trial_seed, *, rescores=False):
+        return measurement(worth.get(candidate.codec, 1.0), 5.0 + (candidate.stride or 40), 9.0)
+
+    monkeypatch.setattr(Evaluator, "measure", measure)
     run(with_(digits_fields, search={"codecs": list(worth), "trials": 25, "method": "random"}), "camera", tracker)
     rows = list(csv.DictReader(io.StringIO(PATHS.importances.read_text())))
     assert [next(row["parameter"] for row in rows if row["explains"] == target) for target in ("accuracy", "total_ms")] == ["codec", "stride"]
