@@ -252,25 +252,12 @@ def courses(raw: Fields) -> dict[str, np.ndarray]:
     box = _box(reference, (point for _, first, later in runs for point in (*first, *later) if point is not None and point.accuracy >= reference[0]))
     found: dict[str, list[list[float]]] = {}
     for method, first, later in runs:
-        front, course = list(first), []
+        known, course = list(first), []
         for point in later:
-            if point is not None:
-                front = _front([*front, point])
-            course.append(hypervolume(front, box))
+            known += [] if point is None else [point]
+            course.append(hypervolume(known, box))
         found.setdefault(method, []).append(course + [course[-1]] * (EVALUATIONS - len(course)))
     return {method: np.array(rows) for method, rows in found.items()}
-
-
-def _front(points: Sequence[Point]) -> list[Point]:
-    """Without those that the last beats; the last only if nothing beats it."""
-    *others, new = points
-
-    def beats(a: Point, b: Point) -> bool:
-        return a.accuracy >= b.accuracy and a.total_ms <= b.total_ms and a.wire_bytes <= b.wire_bytes
-
-    if any(beats(other, new) for other in others):
-        return others
-    return [*(other for other in others if not beats(new, other)), new]
 
 
 def _box(reference: Sequence[float], points: Iterable[Point]) -> Box:

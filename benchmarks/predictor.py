@@ -38,7 +38,8 @@ from pipeline.search.simple import RandomSearcher
 
 PROFILES = Path(__file__).resolve().parents[1] / "profiles"
 BACKBONES = (("resnet20", 32), ("cifar_resnet18", 32), ("mobilenet_v3_small", 224))
-CLASSES, HALVES, SEED = 10, {"fp32": 24, "int8": 8}, 1_000
+CLASSES, SEED = 10, 1_000
+HALVES: tuple[tuple[Precision, int], ...] = (("fp32", 24), ("int8", 8))
 REPEATS, VISITS, AT_ONCE = Repeats(threads=1, rounds=2, repeats=10, warmup=2, job_ms=60), 4, 12
 SPACE = Search(
     trials=1,
@@ -84,7 +85,8 @@ def measured() -> Raw:
         cuts = cut_points(model, example)
         print(f"predictor: profile of {name}", file=sys.stderr, flush=True)
         profile = measure_profile(f"predictor-{name}", name, model, example, cuts, plan, bench)
-        made = list(_halves(name, image_size, cuts, profile))
+        problem = problem_of(name, image_size, cuts, profile)
+        made = list(_halves(problem, image_size, profile))
         random = np.random.default_rng(SEED)
         visits: list[list[float]] = [[] for _ in made]
         for _ in range(VISITS):
@@ -94,7 +96,7 @@ def measured() -> Raw:
                 for index, samples in zip(chosen, bench.measure([ModelWork(made[index][2]) for index in chosen], REPEATS), strict=True):
                     visits[index].append(round(float(np.median(samples.ms)), 5))
         forget_kept(f"predictor-{name}", bench)
-        costings = [_costing(problem_of(name, image_size, cuts, profile), known) for known in (profile, shipped)]
+        costings = [_costing(problem, known) for known in (profile, shipped)]
         for (candidate, half, _), visited in zip(made, visits, strict=True):
             predicted, shipped_ms = (round(_half_ms(costing, candidate, image_size), 5) for costing in costings)
             work = macs(operations(half, example)), parameters(half)
@@ -117,12 +119,11 @@ def problem_of(name: str, image_size: int, cuts: Sequence[CutPoint], profile: De
     return Problem(model.eval(), cuts, SPACE, Codec(), profile.channel_block)
 
 
-def _halves(name: str, image_size: int, cuts: Sequence[CutPoint], profile: DeviceProfile) -> Iterator[tuple[Candidate, nn.Module, bytes]]:
+def _halves(problem: Problem, image_size: int, profile: DeviceProfile) -> Iterator[tuple[Candidate, nn.Module, bytes]]:
     """Distinct random split candidates with their device halves, none of which calls just the kernels of a run that the profile was fitted to."""
-    problem = problem_of(name, image_size, cuts, profile)
     known = {run.calls for run in profile.runs}
     searcher, number, images = RandomSearcher(problem.space(), seed=SEED), 0, [torch.randn(1, 3, image_size, image_size).numpy() for _ in range(4)]
-    for precision, count in HALVES.items():
+    for precision, count in HALVES:
         found = 0
         while found < count:
             number += 1
@@ -131,17 +132,13 @@ def _halves(name: str, image_size: int, cuts: Sequence[CutPoint], profile: Devic
                 continue
             candidate = Candidate.from_dict(drawn.to_dict() | {"precision": precision})
             half = split_network(problem.backbone, problem.example, candidate, problem.plan(candidate.cut, dict(candidate.keep))).device_half().eval()
-            calls = kernel_calls(operations(half, problem.example), _precision(precision), block=profile.nchwc_block)
+            calls = kernel_calls(operations(half, problem.example), precision, block=profile.nchwc_block)
             if tuple(calls) in known:
                 continue
             known.add(tuple(calls))
             found += 1
             model = export_onnx(half, problem.example, input_name="image", output_name="symbols")
             yield candidate, half, quantise(model, images) if precision == "int8" else model
-
-
-def _precision(name: str) -> Precision:
-    return "int8" if name == "int8" else "fp32"
 
 
 def _costing(problem: Problem, profile: DeviceProfile) -> Costing:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import atomic_write_json
+from pipeline.files import atomic_write_text
 from pipeline.machine import describe_machine
 from pipeline.tracking import stage_run
 
@@ -28,20 +29,24 @@ def write(name: str, *, dataset: dict[str, str], seeds: list[int], figures: dict
     machine["versions"] |= {package: version(package) for package in ("torch", "torchvision", "lightning", "optuna", "dvc", "mlflow")}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     path = RESULTS / f"{name}.json"
-    atomic_write_json(
-        path,
-        {
-            "name": name,
-            "commit": commit,
-            "date": datetime.date.today().isoformat(),
-            "machine": machine,
-            "dataset": dataset,
-            "seeds": seeds,
-            "figures": figures,
-            "raw": raw,
-        },
-    )
+    found = {
+        "name": name,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "dataset": dataset,
+        "seeds": seeds,
+        "figures": figures,
+        "raw": raw,
+    }
+    atomic_write_text(path, compact(json.dumps(found, indent=1, sort_keys=True, allow_nan=False)) + "\n")
     return path
+
+
+def compact(text: str) -> str:
+    """Indented JSON with each list of nothing but numbers on one line: raw samples are most of a results file."""
+    number = r"(?:-?\d[\d.eE+-]*|null)"
+    return re.sub(rf"\[\s+({number}(?:,\s+{number})*)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def track(name: str) -> None:
