@@ -18,7 +18,7 @@ from pipeline.search.simple import random_pick
 from pipeline.search.space import Space
 
 RANDOM_TRIALS = 10  # after the device-only baseline, before TPE has enough to learn from
-EI_CANDIDATES = 100  # Optuna's 24 leave more of the surrogates' gap: .21 against .12, on instances and seeds that no figure is of
+EI_CANDIDATES = 100  # Optuna's 24 leave more of the surrogates' gap: .23 against .18, on ten instances that no figure is of
 POPULATION = 10
 TRIES, NEIGHBOURS, NEIGHBOURS_EACH = 3, 100, 10  # to find a candidate not told of: by the sampler, then near what it proposes, so many with each distance
 
