@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,6 @@ from models.cutting import split
 from pipeline.data import Split, load_split
 from pipeline.distilling import Distiller
 from pipeline.errors import CoinferError
-from pipeline.frozen_head import BehindHead, FeatureData
 from pipeline.inference import accuracy, recalibrated
 from pipeline.networks import split_network
 from pipeline.params import Finetune, load_params
@@ -33,7 +31,7 @@ from pipeline.search.candidate import OUTPUT, Candidate
 from pipeline.search.evaluator import Evaluator
 from pipeline.search.problem import Problem
 from pipeline.split_distilling import SplitDistiller
-from pipeline.training import Classifier, DataModule, fit
+from pipeline.training import DataModule, fit
 
 CANDIDATES, SEED, SHARED_BY = 24, 0, 200
 KEPT = Path("judged")
@@ -97,15 +95,14 @@ def candidates_near_the_best(evaluator: Evaluator, count: int, seed: int) -> lis
 
 
 def finetuned(problem: Problem, candidate: Candidate, train: Split, settings: Finetune, label_smoothing: float, seed: int, promised_bits: float) -> nn.Module:
-    """`candidate` trained as the stage `finetune` does, on one thread: from the backbone's weights and a fresh codec, first behind the frozen head, then all.
+    """`candidate` trained for `settings.epochs` as the stage `finetune` does: from the backbone's weights and a fresh codec, on one thread.
+
+    Not so the epochs behind the frozen device half, which would make this several times as long.
 
     Codec `rate` is held to the bits that the trial `promised`, as there.
     """
     torch.manual_seed(seed)
     plan, teacher = problem.plan(candidate.cut, dict(candidate.keep)), copy.deepcopy(problem.backbone)
-    options: dict[str, Any] = {"checkpoint_dir": None, "threads": 1, "precision": settings.precision, "log": lambda row: None}
-    nothing = train[0][:1], train[1][:1]
-    lesson: Classifier
     if candidate.kind == "device-only":
         whole = recalibrated(rebuild(problem.head(OUTPUT), plan), train[0][:STATISTICS_IMAGES])
         lesson = Distiller(whole, teacher, settings, label_smoothing)
@@ -115,15 +112,10 @@ def finetuned(problem: Problem, candidate: Candidate, train: Split, settings: Fi
             network.codec.budget_bits = promised_bits
         if plan.kept:
             recalibrated(network.head, train[0][:STATISTICS_IMAGES])
-        cut = split(teacher, problem.example, candidate.cut)
-        if settings.frozen_epochs:
-            behind = settings.model_copy(update={"learning_rate": settings.frozen_learning_rate})
-            taught = copy.deepcopy(cut) if plan.kept else (None, copy.deepcopy(problem.backbone))
-            with tempfile.TemporaryDirectory(prefix="coinfer-") as folder:
-                features = FeatureData(copy.deepcopy(network.head), taught, Path(folder), train, nothing, behind, seed)
-                fit(BehindHead(network, behind, label_smoothing), features, name="frozen", epochs=settings.frozen_epochs, **options)
-        lesson = SplitDistiller(network, cut, settings, label_smoothing)
-    fit(lesson, DataModule(train, nothing, settings, seed), name="all", epochs=settings.epochs, **options)
+        lesson = SplitDistiller(network, split(teacher, problem.example, candidate.cut), settings, label_smoothing)
+    data = DataModule(train, (train[0][:1], train[1][:1]), settings, seed)
+    options: dict[str, Any] = {"threads": 1, "precision": settings.precision, "log": lambda row: None}
+    fit(lesson, data, name=f"finetune {candidate.label()}", epochs=settings.epochs, checkpoint_dir=None, **options)
     return lesson.network
 
 
@@ -161,11 +153,7 @@ def compared(place: Place) -> dict[str, Any]:
         for future in [lanes.submit(_compared, place, number) for number in range(CANDIDATES)]:
             rows.append(future.result())
             print(f"evaluator: {len(rows)} of {CANDIDATES} fine-tuned", file=sys.stderr, flush=True)
-    return {
-        "judged": rows,
-        "epochs": [params.finetune.frozen_epochs, params.finetune.epochs],
-        "supernet_s": json.loads(Path("supernet-seconds.json").read_text()),
-    }
+    return {"judged": rows, "epochs": params.finetune.epochs, "supernet_s": json.loads(Path("supernet-seconds.json").read_text())}
 
 
 def _compared(place: Place, number: int) -> dict[str, Any]:
@@ -181,8 +169,7 @@ def _compared(place: Place, number: int) -> dict[str, Any]:
 
 def figures(raw: dict[str, Any]) -> dict[str, Any]:
     rows = [Judged(**row) for row in raw["judged"]]
-    frozen, epochs = raw["epochs"]
-    found, tuning = summary(rows, raw["supernet_s"]), f"fine-tuning for {frozen} epochs behind the frozen device half and {epochs} of all"
+    found, tuning = summary(rows, raw["supernet_s"]), f"fine-tuning all for {raw['epochs']} epochs, without those behind the frozen device half"
     said = {
         "spearman": f"of the accuracy that trials give and that after {tuning}, candidates within {100 * WITHIN:g} points of the best trial",
         "kendall": "tau-b, of the same",

@@ -41,7 +41,7 @@ def test_candidates_differ_lie_near_the_best_and_are_the_same_each_time(evaluato
 @pytest.mark.parametrize("candidate", [Candidate("block1", (("block1", 0.5),), 4, 2, 2), Candidate("output", (("block2", 0.5),))])
 def test_fine_tuning_makes_a_candidate_better_than_untrained(evaluator, candidate, digits_params):
     estimate = Estimate(candidate, 0.1, 64.0, 0.5)
-    settings = digits_params.finetune.model_copy(update={"frozen_epochs": 4, "epochs": 12, "batch_size": 32, "learning_rate": 0.1})
+    settings = digits_params.finetune.model_copy(update={"epochs": 12, "batch_size": 32, "learning_rate": 0.1})
     row = judged(evaluator.problem, estimate, pictures(200, 0), evaluator.validation, settings, 0.0, seed=0)
     assert (row.candidate, row.estimated, row.trial_s) == (candidate.to_dict(), 0.1, 0.5)
     assert row.finetuned > evaluator.measure(candidate, 0).accuracy + 0.1
