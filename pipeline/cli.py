@@ -177,20 +177,42 @@ def profile_agent(
 
 
 @app.command()
+def link(
+    to: Annotated[str, typer.Option("--to", metavar="HOST:PORT", help="the server, for instance of `coinfer edge`")],
+    rate: Annotated[float | None, typer.Option("--rate", metavar="MBPS", help="Mbit/s, each way")] = None,
+    rtt: Annotated[float, typer.Option("--rtt", metavar="MS", help="round-trip propagation")] = 0,
+    trace: Annotated[Path | None, typer.Option("--trace", help="instead of --rate: lines of seconds and Mbit/s, repeated at their end")] = None,
+    jitter: Annotated[float, typer.Option("--jitter", metavar="MS", help="most that a segment comes late, uniformly; the order stays")] = 0,
+    loss: Annotated[float, typer.Option("--loss", metavar="SHARE", help="of segments that are lost and sent again after a timeout")] = 0,
+    stall: Annotated[str | None, typer.Option("--stall", metavar="EVERY:FOR", help="nothing passes in the last FOR of every EVERY seconds")] = None,
+    cut: Annotated[str | None, typer.Option("--cut", metavar="EVERY:FOR", help="connections are reset then, new ones as soon as they are accepted")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of jitter and loss")] = 0,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7072,
+) -> None:
+    """Relay TCP connections over an emulated link; a device that is told this address reaches the edge as through a radio."""
+    from pipeline.runtime.address import parse_address
+    from pipeline.runtime.relay import Relay, link_and_weather, serve_link
+
+    serve_link(Relay(*link_and_weather(rate, rtt, trace, jitter, loss, stall, cut), parse_address(to, "127.0.0.1:7070"), seed), host, port)
+
+
+@app.command()
 def device(
     bundle: BundleOption,
-    source: Annotated[Path, typer.Option("--source", help="an image or a folder of images")],
+    source: Annotated[str, typer.Option("--source", help="an image, a folder, a video, a camera (/dev/video0), an URL (rtsp://...), or stdin: JPEG images")],
     edge: Annotated[str | None, typer.Option("--edge", metavar="HOST:PORT", help="left out: everything runs here")] = None,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     point: Annotated[int, typer.Option(min=0, help="operating point, 0 the most accurate; only a multi-rate bundle has several")] = 0,
+    deadline: Annotated[float, typer.Option("--deadline", metavar="MS", help="an image that the edge has not answered by then is classified here")] = 1000,
 ) -> None:
     """Run the device half on images; print one JSON line an image."""
     from pipeline.runtime.bundle import Bundle
-    from pipeline.runtime.device import classify_directory
+    from pipeline.runtime.records import classify
     from pipeline.runtime.transport import TcpTransport
 
     transport = TcpTransport.at(edge) if edge else None
-    for record in classify_directory(Bundle.load(bundle), transport, [source], threads=threads, point=point):
+    for record in classify(Bundle.load(bundle), transport, source, threads=threads, point=point, deadline_ms=deadline):
         print(json.dumps(record), flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pipeline.costs.trace import Trace
 from pipeline.errors import ParamsError
 from pipeline.runtime.frame import OVERHEAD_BYTES
 
@@ -56,13 +57,17 @@ def link_ms(frame_bytes: float, reply_bytes: float, link: Link) -> float:
 
 
 class Serialiser:
-    """One direction of a link: departure = max(now, link_free) + 8*wire_bytes/rate, then half the round trip (METHODS 1)."""
+    """One direction of a link: departure = max(now, link_free) + 8*wire_bytes/rate, then half the round trip (METHODS 1).
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    With a `trace`, which begins at 0 ms, the rate is the trace's.
+    """
+
+    def __init__(self, link: Link, trace: Trace | None = None) -> None:
+        self.link, self.trace = link, trace
         self._free_ms = -math.inf
 
     def arrival_ms(self, now_ms: float, n_wire_bytes: float) -> float:
         """When the last byte of a frame handed over at `now_ms` arrives."""
-        self._free_ms = max(now_ms, self._free_ms) + self.link.transmit_ms(n_wire_bytes)
+        start_ms = max(now_ms, self._free_ms)
+        self._free_ms = self.trace.done_ms(start_ms, n_wire_bytes) if self.trace else start_ms + self.link.transmit_ms(n_wire_bytes)
         return self._free_ms + self.link.rtt_ms / 2

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.errors import ParamsError, ProfileError
+from pipeline.errors import ProfileError
+from pipeline.runtime.address import parse_address
 from pipeline.runtime.bench import Repeats, Samples, Work
 from pipeline.runtime.bench_wire import Message, receive, replied, request, send
 
@@ -23,11 +24,7 @@ class RemoteBench:
     """
 
     def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ParamsError(f"address {address!r} is not HOST:PORT; give for instance 192.168.1.20:7071.")
-        self.address = address
-        self._to = host.strip("[]"), int(port)
+        self.address, self._to = address, parse_address(address, "192.168.1.20:7071")
         self._connection: socket.socket | None = None
 
     def __enter__(self) -> Self:

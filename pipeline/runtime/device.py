@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.costs.link import wire_bytes
 from pipeline.errors import BundleError, DataError, FrameError
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, Bundle
 from pipeline.runtime.coder import encode
 from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import encode_image
-from pipeline.runtime.preprocess import IMAGE_SUFFIXES, open_image
 from pipeline.runtime.timing import Stopwatch, timed
-from pipeline.runtime.transport import EdgeUnreachable, Transport
+from pipeline.runtime.transport import REPLY_TIMEOUT_S, EdgeUnreachable, Transport
 
 PARTS = ("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "total_ms")
 
@@ -85,17 +82,20 @@ class DeviceHalf:
         """
         return timed(lambda watch: self._frame(picture, watch), self._slowdown)
 
-    def classify(self, picture: Picture, transport: Transport) -> Answer:
+    def classify(self, picture: Picture, transport: Transport, deadline_ms: float = 1e3 * REPLY_TIMEOUT_S) -> Answer:
         """Send the frame of one picture through `transport` and open the reply; link_ms is what neither half accounts for.
 
         Raises:
-            EdgeUnreachable: nobody answers.
+            EdgeUnreachable: nobody answers, or not before `deadline_ms`, counted from the picture on.
             FrameError: the edge refused the frame, or its reply is damaged or from another bundle.
         """
+        end_s = time.monotonic() + deadline_ms / 1e3
         frame, parts = self.run(picture)
+        if (left_s := end_s - time.monotonic()) <= 0:
+            raise EdgeUnreachable(f"the edge was not asked, as the device half took all of the {deadline_ms:.4g} ms there were; allow more time.")
         watch = Stopwatch()
         with watch.part("round_trip"):
-            reply = unpack(transport.request(frame))
+            reply = unpack(transport.request(frame, left_s))
         if reply.kind is Kind.ERROR:
             raise FrameError(f"the edge refused: {reply.payload.decode(errors='replace')}")
         if reply.kind is not Kind.REPLY or reply.bundle_id != self._bundle.bundle_id:
@@ -130,14 +130,27 @@ class DeviceHalf:
             return pack(which + payload, self._bundle.bundle_id, Kind.SYMBOLS)
 
     def _pixels(self, picture: Picture, watch: Stopwatch) -> NDArray[np.uint8]:
-        size = self._bundle.preprocessing.image_size
         with watch.part("device_ms"):
-            try:
-                pixels = picture if isinstance(picture, np.ndarray) else self._bundle.preprocessing.pixels(picture)
-            except Exception as error:  # Pillow decodes here and raises many unrelated kinds
-                raise DataError(f"image cannot be decoded ({error}); replace it.") from error
-        if pixels.shape != (3, size, size) or pixels.dtype != np.uint8:
-            raise DataError(f"pixels are {pixels.dtype} {pixels.shape} where the bundle takes uint8 (3, {size}, {size}); preprocess them with its rule.")
+            return self.pixels(picture)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of preprocessed pixels: (3, S, S)."""
+        size = self._bundle.preprocessing.image_size
+        return 3, size, size
+
+    def pixels(self, picture: Picture) -> NDArray[np.uint8]:
+        """Preprocessed uint8 (3, S, S), which `run` and the `classify` methods take as well; pixels are given back as they are.
+
+        Raises:
+            DataError: the picture is unreadable or of another shape.
+        """
+        try:
+            pixels = picture if isinstance(picture, np.ndarray) else self._bundle.preprocessing.pixels(picture)
+        except Exception as error:  # Pillow decodes here and raises many unrelated kinds
+            raise DataError(f"image cannot be decoded ({error}); replace it.") from error
+        if pixels.shape != self.shape or pixels.dtype != np.uint8:
+            raise DataError(f"pixels are {pixels.dtype} {pixels.shape} where the bundle takes uint8 {self.shape}; preprocess them with its rule.")
         return pixels
 
     def _infer(self, session: ort.InferenceSession, pixels: NDArray[np.uint8], watch: Stopwatch) -> Any:
@@ -146,56 +159,6 @@ class DeviceHalf:
             return session.run(None, {name: self._bundle.preprocessing.tensor(pixels[None])})[0][0]
 
 
-def classify_directory(
-    bundle: Bundle, edge: Transport | None, paths: Iterable[Path], threads: int = 1, slowdown: float = 1.0, point: int = 0
-) -> Iterator[dict[str, Any]]:
-    """One JSON record per image in `paths` (files, or folders searched for images in name order).
-
-    A record holds file, label, probability, ms by part, frame_bytes, wire_bytes and the path taken. Without an edge, or where it does not
-    answer, the device classifies alone (`edge_error` says why); an unreadable image gives file and error, and the next one follows.
-
-    Raises:
-        DataError: a path does not exist.
-        FrameError: the edge runs another bundle.
-    """
-    device = DeviceHalf(bundle, threads, slowdown, point)
-    for path in _image_files(paths):
-        record: dict[str, Any] = {"file": str(path)}
-        try:
-            with open_image(path) as image:
-                answer = _classify(device, edge if bundle.kind != "device-only" else None, image, record)
-        except (OSError, DataError, Image.DecompressionBombError) as error:
-            yield {"file": str(path), "error": f"{path} cannot be read as an image ({error}); replace or remove it."}
-            continue
-        exponentials = np.exp(answer.logits - answer.logits.max())
-        best = int(answer.logits.argmax())
-        record |= {"label": bundle.classes[best], "probability": round(float(exponentials[best] / exponentials.sum()), 6)}
-        record |= {name: round(ms, 3) for name, ms in answer.parts.items()}
-        yield record | {"frame_bytes": answer.frame_bytes, "wire_bytes": wire_bytes(answer.frame_bytes), "path": answer.path}
-
-
-def _classify(device: DeviceHalf, edge: Transport | None, image: Image.Image, record: dict[str, Any]) -> Answer:
-    if edge is not None:
-        try:
-            return device.classify(image, edge)
-        except EdgeUnreachable as error:
-            record["edge_error"] = str(error)
-    return device.classify_locally(image)
-
-
 def _complete(parts: dict[str, float]) -> dict[str, float]:
     parts = {name: parts.get(name, 0.0) for name in PARTS[:-1]}
     return parts | {"total_ms": sum(parts.values())}
-
-
-def _image_files(paths: Iterable[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
-            if not files:
-                raise DataError(f"{path} holds no image; give a folder with files that end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
-            yield from files
-        elif path.exists():
-            yield path
-        else:
-            raise DataError(f"{path} does not exist; give image files or folders of them.")

@@ -24,6 +24,7 @@ IMAGE_FORMATS = {
     "WEBP": (".webp",),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+MOST_ASPECT = 64  # of what is resized before the crop; what is longer loses its ends first, or a strip could fill the memory
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -39,7 +40,10 @@ def open_image(path: Path) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """RGB, shorter side to `image_size` (Pillow bilinear, antialiased), centre crop, then (x/255 - mean)/std per channel."""
+    """RGB, shorter side to `image_size` (Pillow bilinear, antialiased), centre crop, then (x/255 - mean)/std per channel.
+
+    Of 16-bit greys the upper 8 bits count.
+    """
 
     image_size: int
     mean: tuple[float, float, float] = MEAN
@@ -49,11 +53,15 @@ class Preprocessing:
         """The upright RGB square of `image`: uint8 (3, S, S). EXIF orientation is honoured; an S x S image is untouched.
 
         Raises:
-            OSError: Pillow cannot decode the image (it decodes lazily).
+            OSError: Pillow cannot decode the image (it decodes lazily), or its pixels are floating-point numbers.
         """
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         size = self.image_size
         width, height = upright.size
+        if max(width, height) > MOST_ASPECT * min(width, height):
+            across, along = (max(0, side - MOST_ASPECT * min(width, height)) // 2 for side in (width, height))
+            upright = upright.crop((across, along, width - across, height - along))
+            width, height = upright.size
         if (width, height) != (size, size):
             short = min(width, height)
             width, height = ((2 * side * size + short) // (2 * short) for side in (width, height))
@@ -89,3 +97,12 @@ class Preprocessing:
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"preprocessing {dict(fields)} cannot be used ({error!r}); export the bundle again.") from error
         return cls(size, mean, std)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow itself cuts larger numbers off at 255."""
+    if image.mode == "F":
+        raise OSError("its pixels are floating-point numbers, of which nothing says what is white")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    return image

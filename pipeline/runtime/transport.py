@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import queue
+import select
 import socket
+import threading
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.costs.link import Link, Serialiser, wire_bytes
-from pipeline.errors import CoinferError, ParamsError
+from pipeline.errors import CoinferError
+from pipeline.runtime.address import parse_address
 from pipeline.runtime.frame import HEADER_BYTES, frame_bytes
 
 CONNECT_TIMEOUT_S = 5.0
@@ -19,9 +23,9 @@ class EdgeUnreachable(CoinferError):
 
 
 class Transport(Protocol):
-    """Carries one frame to an edge half and brings its reply."""
+    """Carries one frame to an edge half and brings its reply, or raises EdgeUnreachable once `timeout_s` are over."""
 
-    def request(self, frame: bytes) -> bytes: ...
+    def request(self, frame: bytes, timeout_s: float = REPLY_TIMEOUT_S) -> bytes: ...
 
     def close(self) -> None: ...
 
@@ -79,7 +83,7 @@ class LoopbackTransport:
         self._edge = edge
         self._link = EmulatedLink(link, clock) if link else None
 
-    def request(self, frame: bytes) -> bytes:
+    def request(self, frame: bytes, timeout_s: float = REPLY_TIMEOUT_S) -> bytes:
         if self._link:
             self._link.up(len(frame))
         reply, _ = self._edge.handle(frame)
@@ -101,6 +105,7 @@ class TcpTransport:
         self._address = (host, port)
         self._link = EmulatedLink(link, clock) if link else None
         self._socket: socket.socket | None = None
+        self._resolved: list[tuple[socket.AddressFamily, Any]] = []
 
     @classmethod
     def at(cls, address: str) -> TcpTransport:
@@ -109,27 +114,27 @@ class TcpTransport:
         Raises:
             ParamsError: `address` is not of that form.
         """
-        host, _, port = address.rpartition(":")
-        if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ParamsError(f"edge address {address!r} is not HOST:PORT; give for instance 127.0.0.1:7070.")
-        return cls(host.strip("[]"), int(port))
+        return cls(*parse_address(address, "127.0.0.1:7070"))
 
-    def request(self, frame: bytes) -> bytes:
-        """Send one frame and wait for its reply.
+    def request(self, frame: bytes, timeout_s: float = REPLY_TIMEOUT_S) -> bytes:
+        """Send one frame and wait for its reply; an emulated link's waits come on top of the timeout.
 
         Raises:
-            EdgeUnreachable: no connection, or it broke or stayed silent; after a break one new connection is tried.
+            EdgeUnreachable: no connection, or it broke, or no whole reply came in time; after a break one new connection is tried.
             FrameError: what came back does not begin like a frame.
         """
         if self._link:
             self._link.up(len(frame))
+        if self._socket is not None and select.select([self._socket], [], [], 0)[0]:
+            self.close()  # it has ended, or holds what would be taken for the next reply
         kept = self._socket is not None
+        end_s = time.monotonic() + timeout_s
         try:
-            reply = self._exchange(frame)
+            reply = self._exchange(frame, end_s)
         except ConnectionError as error:
             if not kept:
                 raise self._unreachable(error) from error
-            reply = self._again(frame)  # an edge that restarted or tired of waiting has dropped the old connection
+            reply = self._again(frame, end_s)  # an edge that restarted or tired of waiting has dropped the old connection
         except OSError as error:
             raise self._unreachable(error) from error
         if self._link:
@@ -141,20 +146,19 @@ class TcpTransport:
             self._socket.close()
             self._socket = None
 
-    def _again(self, frame: bytes) -> bytes:
+    def _again(self, frame: bytes, end_s: float) -> bytes:
         try:
-            return self._exchange(frame)
+            return self._exchange(frame, end_s)
         except OSError as error:
             raise self._unreachable(error) from error
 
-    def _exchange(self, frame: bytes) -> bytes:
+    def _exchange(self, frame: bytes, end_s: float) -> bytes:
         try:
             if self._socket is None:
-                self._socket = socket.create_connection(self._address, CONNECT_TIMEOUT_S)
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._socket.settimeout(REPLY_TIMEOUT_S)
+                self._socket = self._connect(end_s)
+            self._socket.settimeout(_left_s(end_s))
             self._socket.sendall(frame)
-            reply = receive_frame(self._socket)
+            reply = receive_frame(self._socket, end_s)
         except BaseException:
             self.close()  # whatever is still under way would be taken for the next reply
             raise
@@ -163,28 +167,74 @@ class TcpTransport:
             raise ConnectionResetError("it closed the connection")
         return reply
 
+    def _connect(self, end_s: float) -> socket.socket:
+        failure: OSError = OSError("its name has no address")
+        for family, address in self._addresses(end_s):
+            connection = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                connection.settimeout(min(CONNECT_TIMEOUT_S, _left_s(end_s)))
+                connection.connect(address)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return connection
+            except OSError as error:
+                connection.close()
+                failure = error
+        self._resolved = []  # it may have moved
+        raise failure
+
+    def _addresses(self, end_s: float) -> list[tuple[socket.AddressFamily, Any]]:
+        """Of the host; asked for in a thread, as looking up a name cannot be given up."""
+        if not self._resolved:
+            found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+            def look_up() -> None:
+                try:
+                    found.put([(family, address) for family, _, _, _, address in socket.getaddrinfo(*self._address, type=socket.SOCK_STREAM)])
+                except OSError as error:
+                    found.put(error)
+
+            threading.Thread(target=look_up, daemon=True).start()
+            try:
+                answer = found.get(timeout=min(CONNECT_TIMEOUT_S, _left_s(end_s)))
+            except queue.Empty:
+                raise TimeoutError("its name could not be looked up in time") from None
+            if isinstance(answer, OSError):
+                raise answer
+            self._resolved = answer
+        return self._resolved
+
     def _unreachable(self, error: OSError) -> EdgeUnreachable:
         host, port = self._address
         return EdgeUnreachable(f"edge {host}:{port} does not answer ({error}); start it with `coinfer edge` or check the address.")
 
 
-def receive_frame(connection: socket.socket) -> bytes | None:
+def receive_frame(connection: socket.socket, end_s: float | None = None) -> bytes | None:
     """The bytes of the next frame, unchecked beyond its header; None where the sender has closed between frames.
+
+    All of it has to come before the moment `end_s` of `time.monotonic`; without one, each part within the connection's own timeout.
 
     Raises:
         FrameError: no frame begins like this.
         OSError: the connection broke or timed out; also when it closed inside a frame.
     """
-    header = _receive(connection, HEADER_BYTES)
+    header = _receive(connection, HEADER_BYTES, end_s)
     if not header:
         return None
-    rest = _receive(connection, frame_bytes(header) - HEADER_BYTES)
+    rest = _receive(connection, frame_bytes(header) - HEADER_BYTES, end_s)
     return header + rest
 
 
-def _receive(connection: socket.socket, count: int) -> bytes:
+def _left_s(end_s: float) -> float:
+    if (left_s := end_s - time.monotonic()) <= 0:
+        raise TimeoutError("timed out")
+    return left_s
+
+
+def _receive(connection: socket.socket, count: int, end_s: float | None) -> bytes:
     data = bytearray()
     while len(data) < count:
+        if end_s is not None:
+            connection.settimeout(_left_s(end_s))
         if not (chunk := connection.recv(min(count - len(data), 1 << 16))):
             if not data:
                 return b""

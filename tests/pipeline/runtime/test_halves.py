@@ -1,7 +1,6 @@
 """Device and edge half together: in one process, in two, and with what a hostile or mistaken peer may send."""
 
 import io
-import json
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pipeline.costs.link import Link, wire_bytes
 from pipeline.errors import BundleError, CoinferError, DataError, FrameError
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE
 from pipeline.runtime.coder import as_received, build_embedded_tables
-from pipeline.runtime.device import PARTS, DeviceHalf, classify_directory
+from pipeline.runtime.device import PARTS, DeviceHalf
 from pipeline.runtime.edge import EdgeHalf, edge_process, serve
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import encode_image, open_encoded
@@ -24,17 +23,6 @@ from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTr
 def answer_of(bundle, name, batch):
     session = bundle.session(name, 1)
     return session.run(None, {session.get_inputs()[0].name: batch})[0]
-
-
-@pytest.fixture
-def folder(tmp_path, picture):
-    images = tmp_path / "images"
-    (images / "night").mkdir(parents=True)
-    Image.fromarray(picture.transpose(1, 2, 0)).save(images / "b.png")
-    Image.new("L", (30, 20), 90).save(images / "night" / "a.jpg")
-    (images / "broken.png").write_bytes(b"\x89PNG but not really")
-    (images / "notes.txt").write_text("not an image")
-    return images
 
 
 def test_a_split_gives_the_logits_of_its_two_halves(make_bundle, picture):
@@ -135,7 +123,7 @@ class Replies:
     def __init__(self, reply: bytes) -> None:
         self.reply = reply
 
-    def request(self, frame: bytes) -> bytes:
+    def request(self, frame: bytes, timeout_s: float) -> bytes:
         return self.reply
 
     def close(self) -> None:
@@ -178,19 +166,19 @@ def test_an_edge_half_answers_nonsense_with_an_error_frame(make_bundle, picture,
                 assert reply.payload
 
 
-def test_two_processes_over_tcp_with_a_link_survive_garbage_and_refuse_another_bundle(make_bundle, picture, folder):
+def test_two_processes_over_tcp_with_a_link_survive_garbage_and_refuse_another_bundle(make_bundle, picture):
     bundle, other = make_bundle(), make_bundle(seed=1)
     expected = DeviceHalf(bundle).classify(picture, LoopbackTransport(EdgeHalf(bundle)))
     with edge_process(bundle) as port:
         for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\xc1" * 9, bytes(1000), pack(b"x", bundle.bundle_id, Kind.SYMBOLS)[:-1] + b"\0", b"\xc1"):
             with socket.create_connection(("127.0.0.1", port), 10) as client:
                 client.sendall(garbage)
-                client.shutdown(socket.SHUT_WR)
                 received = b""
                 try:
+                    client.shutdown(socket.SHUT_WR)
                     while chunk := client.recv(4096):
                         received += chunk
-                except ConnectionResetError:
+                except OSError:  # it has closed already
                     pass
                 assert not received or unpack(received).kind is Kind.ERROR
 
@@ -201,35 +189,7 @@ def test_two_processes_over_tcp_with_a_link_survive_garbage_and_refuse_another_b
         assert np.array_equal(answer.logits, expected.logits)
         assert answer.frame_bytes == expected.frame_bytes
         assert answer.parts["link_ms"] >= 4 + 8 * wire_bytes(answer.frame_bytes) / 1e3
-
-        records = {record["file"].rsplit("/", 1)[1]: record for record in classify_directory(bundle, transport, [folder])}
         transport.close()
-    assert sorted(records) == ["a.jpg", "b.png", "broken.png"]
-    assert "cannot be read as an image" in records["broken.png"]["error"]
-    record = records["b.png"]
-    assert record["label"] == bundle.classes[int(expected.logits.argmax())]
-    assert 1 / 3 <= record["probability"] <= 1
-    assert record["wire_bytes"] == wire_bytes(record["frame_bytes"])
-    assert record["path"] == "split"
-    assert {*PARTS} <= set(record)
-    json.dumps(records)
-
-
-def test_without_an_edge_the_device_classifies_alone_and_says_why(make_bundle, folder):
-    bundle = make_bundle()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    for edge in (None, TcpTransport("127.0.0.1", port)):
-        [record] = classify_directory(bundle, edge, [folder / "b.png"])
-        assert record["path"] == "device-only"
-        assert record["frame_bytes"] == 0
-        assert ("edge_error" in record) == (edge is not None)
-    with pytest.raises(DataError, match="does not exist"):
-        list(classify_directory(bundle, None, [folder / "nowhere"]))
-    (folder / "empty").mkdir()
-    (folder / "empty/._b.png").write_bytes(b"what macOS leaves beside b.png")
-    with pytest.raises(DataError, match="empty holds no image"):
-        list(classify_directory(bundle, None, [folder / "empty"]))
 
 
 def test_an_edge_process_that_cannot_start_is_one_sentence(make_bundle):
@@ -256,7 +216,7 @@ def test_the_edge_is_unreachable_once_its_process_has_ended(make_bundle, picture
 
 def test_the_runtime_never_imports_what_a_device_does_not_have():
     code = (
-        "import sys, pipeline.runtime.device, pipeline.runtime.edge\n"
+        "import sys, pipeline.runtime.records, pipeline.runtime.edge, pipeline.runtime.relay\n"
         "print(sorted({'torch', 'onnx', 'mlflow', 'lightning', 'optuna', 'matplotlib', 'scipy', 'pydantic'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -17,7 +17,7 @@ def test_a_square_of_the_right_size_is_untouched():
     assert np.array_equal(RULE.pixels(Image.fromarray(image)), image.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize(("width", "height"), [(8, 13), (13, 8), (9, 10), (100, 31), (3, 5), (1, 200)])
+@pytest.mark.parametrize(("width", "height"), [(8, 13), (13, 8), (9, 10), (100, 31), (3, 5), (4, 200)])
 def test_the_centre_of_the_resized_image_is_kept(width, height):
     pixels = RULE.pixels(Image.fromarray(noise(width, height)))
     assert pixels.shape == (3, 8, 8)
@@ -37,7 +37,27 @@ def test_a_rotated_photo_is_turned_upright():
     assert np.array_equal(RULE.pixels(photo), np.rot90(image, -1).transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+@pytest.mark.parametrize(("width", "height"), [(1, 60_000), (60_000, 1)])
+def test_of_a_long_strip_the_middle_is_kept(width, height):
+    strip = np.zeros((height, width, 3), np.uint8)
+    strip.reshape(-1, 3)[30_000 - 10 : 30_000 + 10] = 255
+    assert (RULE.pixels(Image.fromarray(strip)) == 255).all()
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_of_16_bit_greys_the_upper_half_counts(order):
+    grey = noise(8, 8)[..., 0]
+    deep = (grey.astype(np.uint16) * 256 + 77).astype(order)
+    assert np.array_equal(RULE.pixels(Image.frombytes("I;16" if order == "<u2" else "I;16B", (8, 8), deep.tobytes())), np.stack([grey] * 3))
+    assert np.array_equal(RULE.pixels(Image.fromarray(deep.astype(np.int32))), np.stack([grey] * 3))
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(OSError, match="floating-point"):
+        RULE.pixels(Image.fromarray(np.zeros((8, 8), np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "1"])
 def test_every_colour_mode_becomes_rgb(mode):
     assert RULE.pixels(Image.fromarray(noise(8, 8)).convert(mode)).shape == (3, 8, 8)
 

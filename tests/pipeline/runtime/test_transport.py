@@ -136,7 +136,7 @@ def test_an_edge_that_talks_something_else_is_refused(listener):
         transport.request(Echo().reply)
 
 
-@pytest.mark.parametrize("address", ["", "edge", "edge:", ":7070", "edge:0", "edge:65536", "edge:http"])
+@pytest.mark.parametrize("address", ["", "edge", "edge:", ":7070", "edge:0", "edge:65536", "edge:http", "a..b:7070", "edge:" + 5_000 * "1"])
 def test_an_address_that_is_no_host_and_port_is_refused(address):
     with pytest.raises(ParamsError, match="is not HOST:PORT"):
         TcpTransport.at(address)

@@ -1,0 +1,53 @@
+"""Classifying what a device sees: one JSON record a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pipeline.costs.link import wire_bytes
+from pipeline.errors import DataError
+from pipeline.runtime.bundle import Bundle
+from pipeline.runtime.device import DeviceHalf
+from pipeline.runtime.fallback import Fallback
+from pipeline.runtime.pictures import pictures
+from pipeline.runtime.transport import Transport
+
+
+def classify(
+    bundle: Bundle,
+    edge: Transport | None,
+    source: str,
+    threads: int = 1,
+    point: int = 0,
+    deadline_ms: float = 1000.0,
+) -> Iterator[dict[str, Any]]:
+    """One JSON record per picture of `source` (see `pictures`).
+
+    A record holds file or frame, label, probability, ms by part, frame_bytes, wire_bytes and the path taken. Without an edge, or where it does not answer
+    before `deadline_ms` or refuses, the device classifies alone (`edge_error` says why; see `Fallback`); an unreadable image gives its name and error,
+    and the next one follows.
+
+    Raises:
+        DataError: there is no such source, it holds no picture, or a camera or stream ends.
+        ParamsError: a deadline that is not positive.
+    """
+    device = DeviceHalf(bundle, threads, point=point)
+    fallback = Fallback(device, edge, deadline_ms) if edge is not None and bundle.kind != "device-only" else None
+    for shot in pictures(source):
+        if shot.picture is None:
+            yield shot.name | {"error": shot.error}
+            continue
+        try:
+            answer, why = fallback.classify(shot.picture) if fallback else (device.classify_locally(shot.picture), None)
+        except DataError as error:
+            yield shot.name | {"error": str(error)}
+            continue
+        exponentials = np.exp(answer.logits - answer.logits.max())
+        best = int(answer.logits.argmax())
+        record = shot.name | {"label": bundle.classes[best], "probability": round(float(exponentials[best] / exponentials.sum()), 6)}
+        record |= {name: round(ms, 3) for name, ms in answer.parts.items()}
+        record |= {"frame_bytes": answer.frame_bytes, "wire_bytes": wire_bytes(answer.frame_bytes), "path": answer.path}
+        yield record if why is None else record | {"edge_error": why}
