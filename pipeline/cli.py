@@ -153,16 +153,23 @@ def params() -> None:
 
 @app.command()
 def edge(
-    bundle: BundleOption,
+    bundle: Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote, or a folder of such folders, which may come and go")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7070,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
+    max_delay: Annotated[float, typer.Option(min=0, metavar="MS", help="that a frame waits for others; those that came meanwhile never wait")] = 0,
+    max_waiting: Annotated[int, typer.Option(min=1, help="frames in the queue of a bundle; more are answered `busy` at once")] = 256,
+    max_connections: Annotated[int, typer.Option(min=1, help="open at once; more are told so and closed")] = 1024,
+    max_frame_bytes: Annotated[int, typer.Option(min=1, help="of one frame")] = 1 << 20,
+    max_per_second: Annotated[float, typer.Option(min=1, help="frames from one address, on average")] = 1000,
 ) -> None:
-    """Serve the edge half of a bundle over TCP."""
-    from pipeline.runtime.bundle import Bundle
-    from pipeline.runtime.edge import serve
+    """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP."""
+    from pipeline.runtime.lane import Batching
+    from pipeline.runtime.server import Limits, serve
 
-    serve(Bundle.load(bundle), host, port, threads=threads)
+    limits = Limits(max_frame_bytes, max_connections, max_waiting, max_per_second)
+    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits)
 
 
 @app.command("profile-agent")

@@ -17,7 +17,7 @@ from rich.progress import track
 from pipeline.costs.link import Link
 from pipeline.runtime.bundle import DEVICE_ONLY, EDGE, Bundle, write_bundle
 from pipeline.runtime.device import Answer, DeviceHalf
-from pipeline.runtime.edge import edge_process
+from pipeline.runtime.server import edge_process
 from pipeline.runtime.transport import TcpTransport
 
 Pixels = NDArray[np.uint8]

@@ -77,7 +77,7 @@ class RemoteBench:
                 if not kept:
                     raise
                 return self._exchange(message)  # while halves are exported the agent may have tired of waiting
-        except (OSError, UnicodeError) as error:  # a host that cannot be one is refused as it is encoded
+        except OSError as error:
             raise ProfileError(f"no profile agent answers at {self.address} ({error}); start it there with `coinfer profile-agent --host 0.0.0.0`.") from error
 
     def _exchange(self, message: Message) -> Message:

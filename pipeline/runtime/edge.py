@@ -1,16 +1,8 @@
-"""The edge half: frames in, replies out, and a small TCP server around it."""
+"""The edge half: frames in, replies out."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import signal
-import socket
-import socketserver
 import struct
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +13,7 @@ from pipeline.runtime.coder import decode
 from pipeline.runtime.frame import Frame, Kind, pack, unpack
 from pipeline.runtime.images import open_lazily
 from pipeline.runtime.timing import Stopwatch, timed
-from pipeline.runtime.transport import receive_frame
 
-IDLE_TIMEOUT_S = 300.0
-START_TIMEOUT_S = 60.0
 REPLY_TIMES = struct.Struct("<ff")  # decode_ms, edge_ms, before the logits (little-endian float32 like them)
 
 
@@ -39,28 +28,53 @@ class EdgeHalf:
         self._bundle = bundle
         self._session = bundle.session(EDGE, threads)
         self._input = self._session.get_inputs()[0].name
-        self._slowdown = slowdown
+        self.slowdown = slowdown
         self._expects = Kind.IMAGE if bundle.kind == "edge-only" else Kind.SYMBOLS
         if bundle.kind == "split":
             for tables in bundle.points:
                 _ = tables.entry_array, tables.predictor_arrays  # derived here, not while the first frame waits
 
+    @property
+    def bundle_id(self) -> bytes:
+        return self._bundle.bundle_id
+
     def handle(self, frame: bytes) -> tuple[bytes, dict[str, float]]:
         """The reply frame to one frame, and {"decode_ms", "edge_ms"}. What cannot be answered gets an ERROR frame saying why."""
         try:
-            logits, parts = timed(lambda watch: self._answer(frame, watch), self._slowdown)
+            logits, parts = timed(lambda watch: self._answer(frame, watch), self.slowdown)
         except CoinferError as error:
-            return pack(str(error).encode(), self._bundle.bundle_id, Kind.ERROR), {}
-        payload = REPLY_TIMES.pack(parts["decode_ms"], parts["edge_ms"]) + logits.astype("<f4").tobytes()
-        return pack(payload, self._bundle.bundle_id, Kind.REPLY), parts
+            return self.refusal(str(error)), {}
+        return self.reply(logits, parts["decode_ms"], parts["edge_ms"]), parts
 
     def _answer(self, frame: bytes, watch: Stopwatch) -> NDArray[np.float32]:
         with watch.part("decode_ms"):
-            received = self._open(unpack(frame))
+            received = self.open(frame)
         with watch.part("edge_ms"):
-            batch = self._bundle.preprocessing.tensor(received) if self._expects is Kind.IMAGE else received
-            logits: NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
+            logits: NDArray[np.float32] = self.run(received)[0]
         return logits
+
+    def open(self, frame: bytes) -> NDArray[np.uint8]:
+        """What a frame carries, as a batch of one: symbols uint8 (1, h, H, W), or of an edge-only bundle pixels uint8 (1, 3, S, S).
+
+        Raises:
+            FrameError: it is damaged, of another bundle, or carries something else.
+        """
+        return self._open(unpack(frame))
+
+    def run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits (N, classes) of N opened frames."""
+        logits: NDArray[np.float32] = self._session.run(
+            None, {self._input: self._bundle.preprocessing.tensor(batch) if self._expects is Kind.IMAGE else batch}
+        )[0]
+        return logits
+
+    def reply(self, logits: NDArray[np.float32], decode_ms: float, edge_ms: float) -> bytes:
+        """The frame that answers with `logits` (classes,) and what they took."""
+        return pack(REPLY_TIMES.pack(decode_ms, edge_ms) + logits.astype("<f4").tobytes(), self.bundle_id, Kind.REPLY)
+
+    def refusal(self, reason: str) -> bytes:
+        """The frame that answers with a reason instead."""
+        return pack(reason.encode(), self.bundle_id, Kind.ERROR)
 
     def _open(self, frame: Frame) -> NDArray[np.uint8]:
         if frame.bundle_id != self._bundle.bundle_id:
@@ -89,88 +103,3 @@ class EdgeHalf:
             raise
         except Exception as error:  # Pillow raises many unrelated kinds on bytes that are no image
             raise FrameError(f"payload of {len(payload)} bytes is no {self._bundle.image_format} image ({error}); send the image again.") from error
-
-
-class _Connection(socketserver.BaseRequestHandler):
-    server: _EdgeServer
-    request: socket.socket
-
-    def handle(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request.settimeout(IDLE_TIMEOUT_S)
-        with contextlib.suppress(OSError):  # a client that leaves in any way ends its own thread only
-            try:
-                while (frame := receive_frame(self.request)) is not None:
-                    self.request.sendall(self.server.edge.handle(frame)[0])
-            except FrameError as error:  # where the next frame begins is unknown now
-                self.request.sendall(pack(str(error).encode(), self.server.bundle_id, Kind.ERROR))
-
-
-class _EdgeServer(socketserver.ThreadingTCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], edge: EdgeHalf, bundle_id: bytes) -> None:
-        self.edge = edge
-        self.bundle_id = bundle_id
-        super().__init__(address, _Connection)
-
-
-def serve(
-    bundle: Bundle,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    *,
-    threads: int = 1,
-    slowdown: float = 1.0,
-    announce: Callable[[int], object] = lambda port: print(f"edge listens on port {port}", flush=True),
-) -> None:
-    """Answer device halves until Ctrl-C. Port 0 takes a free one; `announce` is told which.
-
-    Raises:
-        BundleError: the bundle has no edge half.
-        CoinferError: the address cannot be bound.
-    """
-    edge = EdgeHalf(bundle, threads, slowdown)
-    try:
-        server = _EdgeServer((host, port), edge, bundle.bundle_id)
-    except (OSError, OverflowError) as error:
-        raise CoinferError(f"edge cannot listen on {host}:{port} ({error}); choose another port or address.") from error
-    with server, contextlib.suppress(KeyboardInterrupt):
-        announce(server.server_address[1])
-        server.serve_forever()
-
-
-@contextlib.contextmanager
-def edge_process(bundle: Bundle, threads: int = 1, slowdown: float = 1.0) -> Iterator[int]:
-    """`serve` in a process of its own on 127.0.0.1; yields its port and ends it afterwards.
-
-    Raises:
-        CoinferError: the process did not come up.
-    """
-    context = multiprocessing.get_context("spawn")  # a fork would carry over the parent's thread pools in a broken state
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve_child, args=(bundle.path, threads, slowdown, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        try:
-            port = ours.recv() if ours.poll(START_TIMEOUT_S) else "no answer in time"
-        except EOFError:
-            port = "it ended"
-        if not isinstance(port, int):
-            raise CoinferError(f"edge process did not start: {port}; run `coinfer edge` with {bundle.path} to see more.")
-        yield port
-    finally:
-        process.terminate()
-        process.join()
-        process.close()
-        ours.close()
-
-
-def _serve_child(path: Path, threads: int, slowdown: float, ready: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process in its own order
-    try:
-        serve(Bundle.load(path), threads=threads, slowdown=slowdown, announce=ready.send)
-    except CoinferError as error:
-        ready.send(str(error))

@@ -176,9 +176,7 @@ def test_nobody_there_and_no_address_are_one_sentence():
         port = nobody.getsockname()[1]
     with pytest.raises(ProfileError, match=rf"no profile agent answers at 127.0.0.1:{port} .*coinfer profile-agent"):
         RemoteBench(f"127.0.0.1:{port}").describe()
-    with pytest.raises(ProfileError, match=r"no profile agent answers at a\.\.b:1 "):
-        RemoteBench("a..b:1").describe()
-    for address in ("here", "host:", ":70000", "host:99999"):
+    for address in ("here", "host:", ":70000", "host:99999", "a..b:1"):
         with pytest.raises(ParamsError, match="is not HOST:PORT"):
             RemoteBench(address)
 

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from pipeline.runtime.device import DeviceHalf
-from pipeline.runtime.edge import EdgeHalf, edge_process
+from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.fallback import LONGEST_PAUSE_S, Fallback
+from pipeline.runtime.server import edge_process
 from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTransport, receive_frame
 
 

@@ -14,9 +14,10 @@ from pipeline.errors import BundleError, CoinferError, DataError, FrameError
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE
 from pipeline.runtime.coder import as_received, build_embedded_tables
 from pipeline.runtime.device import PARTS, DeviceHalf
-from pipeline.runtime.edge import EdgeHalf, edge_process, serve
+from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import encode_image, open_encoded
+from pipeline.runtime.server import edge_process, serve
 from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTransport
 
 
@@ -200,9 +201,9 @@ def test_an_edge_process_that_cannot_start_is_one_sentence(make_bundle):
 def test_a_port_in_use_is_one_sentence(make_bundle):
     bundle = make_bundle()
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(CoinferError, match="cannot listen"):
-        serve(bundle, "127.0.0.1", server.getsockname()[1])
+        serve(bundle.path, "127.0.0.1", server.getsockname()[1])
     with pytest.raises(CoinferError, match="cannot listen"):
-        serve(bundle, "127.0.0.1", 70000)
+        serve(bundle.path, "127.0.0.1", 70000)
 
 
 def test_the_edge_is_unreachable_once_its_process_has_ended(make_bundle, picture):

@@ -9,8 +9,9 @@ from PIL import Image
 from pipeline.costs.link import wire_bytes
 from pipeline.errors import DataError, ParamsError
 from pipeline.runtime.device import PARTS, DeviceHalf
-from pipeline.runtime.edge import EdgeHalf, edge_process
+from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.records import classify
+from pipeline.runtime.server import edge_process
 from pipeline.runtime.transport import LoopbackTransport, TcpTransport
 
 

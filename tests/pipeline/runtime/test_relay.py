@@ -21,8 +21,9 @@ from pipeline.costs.link import Link, wire_bytes
 from pipeline.costs.trace import Trace
 from pipeline.errors import CoinferError, ParamsError
 from pipeline.runtime.device import DeviceHalf
-from pipeline.runtime.edge import EdgeHalf, edge_process
+from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.relay import RETRANSMIT_MS, Relay, Weather, _Way
+from pipeline.runtime.server import edge_process
 from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTransport
 
 FAST = Link(rate_mbps=1_000, rtt_ms=0)

@@ -1,0 +1,118 @@
+"""One bundle's edge half behind a queue: frames of many devices, decoded and run together in a thread of their own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import CoinferError
+from pipeline.runtime.edge import EdgeHalf
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Frames that run together: at most `most`, the first of which waits no longer than `delay_ms` for others; those that queued meanwhile never wait."""
+
+    most: int = 8
+    delay_ms: float = 0.0
+
+
+@dataclass
+class Job:
+    """A frame, whom to tell its reply, and when it came (s, `time.perf_counter`)."""
+
+    frame: bytes
+    done: Callable[[bytes], None]
+    came_s: float = field(default_factory=time.perf_counter)
+
+
+Finished = list[tuple[Job, bytes]]
+
+
+class Lane:
+    """Answers jobs in the order in which they came.
+
+    Args:
+        capacity: jobs that may wait; `put` refuses more.
+        deliver: told, from the lane's thread, all replies of a batch at once.
+    """
+
+    def __init__(self, half: EdgeHalf, batching: Batching, capacity: int, deliver: Callable[[Finished], None]) -> None:
+        self._half, self._batching, self._capacity, self._deliver = half, batching, capacity, deliver
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=f"lane {half.bundle_id.hex()}", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return self._queue.qsize()
+
+    def put(self, job: Job) -> bool:
+        """Whether there was room for it."""
+        if self._closing or self._queue.qsize() >= self._capacity:
+            return False
+        self._queue.put(job)
+        return True
+
+    def close(self) -> None:
+        """Take no more jobs; those that wait are still answered, after which the thread ends."""
+        self._closing = True
+        self._queue.put(None)
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until a closed lane has answered everything; whether it has."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while jobs := self._gather():
+            self._deliver(list(zip(jobs, self._answers(jobs), strict=True)))
+
+    def _answers(self, jobs: Sequence[Job]) -> list[bytes]:
+        half = self._half
+        if half.slowdown > 1:  # a slower machine is emulated for one frame at a time
+            return [half.handle(job.frame)[0] for job in jobs]
+        replies: dict[int, bytes] = {}
+        opened: dict[int, tuple[Any, float]] = {}
+        for index, job in enumerate(jobs):
+            start_s = time.perf_counter()
+            try:
+                opened[index] = half.open(job.frame), 1e3 * (time.perf_counter() - start_s)
+            except CoinferError as error:
+                replies[index] = half.refusal(str(error))
+        if opened:
+            batch = [array for array, _ in opened.values()]
+            try:
+                logits = half.run(np.concatenate(batch) if len(batch) > 1 else batch[0])
+            except Exception as error:  # ONNX Runtime raises its own unrelated classes; the next batch may do better
+                failed = half.refusal(f"the edge half failed ({str(error).splitlines()[0]}); look at the edge.")
+                return [replies.get(index, failed) for index in range(len(jobs))]
+            end_s = time.perf_counter()
+            for row, (index, (_, decode_ms)) in zip(logits, opened.items(), strict=True):
+                replies[index] = half.reply(row, decode_ms, 1e3 * (end_s - jobs[index].came_s) - decode_ms)
+        return [replies[index] for index in range(len(jobs))]
+
+    def _gather(self) -> list[Job]:
+        """The next batch; none at the end."""
+        first = self._queue.get()
+        if first is None:
+            return []
+        jobs, end_s = [first], first.came_s + self._batching.delay_ms / 1e3
+        while len(jobs) < self._batching.most:
+            left_s = end_s - time.perf_counter()
+            try:
+                job = self._queue.get(timeout=left_s) if left_s > 0 else self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if job is None:
+                self._queue.put(None)
+                break
+            jobs.append(job)
+        return jobs

@@ -1,0 +1,324 @@
+"""The edge server: frames of many devices over TCP, answered by lanes of one or several bundles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from pipeline.errors import CoinferError, FrameError
+from pipeline.runtime.bundle import Bundle
+from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.frame import HEADER_BYTES, OVERHEAD_BYTES, Kind, frame_bytes, pack
+from pipeline.runtime.lane import Batching, Finished, Job, Lane
+from pipeline.runtime.shelf import Shelf
+
+START_TIMEOUT_S = 60.0
+SWEEP_S = 1.0
+LOOK_S = 1.0
+DRAIN_S = 30.0
+NOBODY = bytes(4)  # the bundle id of what a server says that runs several
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes from its clients.
+
+    Args:
+        frame_bytes: of one frame.
+        connections: open at once; more are told so and closed.
+        waiting: frames in the queue of a bundle; more are answered "busy" at once.
+        per_second: frames of one address, on average; a burst of as many is let through.
+        idle_s: after which a silent connection is closed.
+        partial_s: within which a frame that has begun has to be complete.
+    """
+
+    frame_bytes: int = 1 << 20
+    connections: int = 1024
+    waiting: int = 256
+    per_second: float = 1000.0
+    idle_s: float = 300.0
+    partial_s: float = 30.0
+
+
+@dataclass
+class Bucket:
+    """Frames that an address may still send now."""
+
+    tokens: float
+    filled_s: float
+
+    def take(self, per_second: float, now_s: float) -> bool:
+        self.tokens = min(per_second, self.tokens + (now_s - self.filled_s) * per_second)
+        self.filled_s = now_s
+        if self.tokens < 1:
+            return False
+        self.tokens -= 1
+        return True
+
+
+class EdgeServer:
+    """Serves bundles that are added and removed while it runs; all but `Lane` work happens on the event loop."""
+
+    def __init__(self, batching: Batching, limits: Limits) -> None:
+        self.batching, self.limits = batching, limits
+        self.lanes: dict[bytes, Lane] = {}
+        self.clients: set[Client] = set()
+        self.buckets: dict[str, Bucket] = {}
+        self._stopped = asyncio.Event()
+        self.loop: asyncio.AbstractEventLoop
+
+    def add(self, half: EdgeHalf) -> None:
+        """Answer frames of its bundle from now on."""
+        if half.bundle_id not in self.lanes:
+            self.lanes[half.bundle_id] = Lane(half, self.batching, self.limits.waiting, self._delivered)
+
+    def remove(self, bundle_id: bytes) -> None:
+        """Refuse frames of that bundle from now on; those that wait are answered."""
+        self.lanes.pop(bundle_id).close()
+
+    def take(self, frame: bytes, client: Client) -> None:
+        """Queue a whole frame, or refuse it at once; either way `client` is told once."""
+        bundle_id, now_s = frame[1:5], time.perf_counter()
+        bucket = self.buckets.setdefault(client.address, Bucket(self.limits.per_second, now_s))
+        if not bucket.take(self.limits.per_second, now_s):
+            client.told(refusal(f"more than {self.limits.per_second:g} frames a second from one address; send fewer.", bundle_id))
+        elif (lane := self.lanes.get(bundle_id)) is None:
+            known = ", ".join(sorted(each.hex() for each in self.lanes)) or "none"
+            client.told(refusal(f"frame is for bundle {bundle_id.hex()}, this edge runs {known}; give device and edge the same bundle.", bundle_id))
+        elif not lane.put(Job(frame, client.told, now_s)):
+            client.told(refusal("the edge is busy; try again later.", bundle_id))
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _delivered(self, finished: Finished) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended before its lanes
+            self.loop.call_soon_threadsafe(_tell, finished)
+
+    async def serve(self, shelf: Shelf, host: str, port: int, announce: Callable[[int], object], signals: Iterable[signal.Signals]) -> None:
+        """Answer for the bundles on `shelf` until `stop`, or one of `signals`; then take no more, answer what waits, and end.
+
+        Raises:
+            CoinferError: the shelf is empty, or the address cannot be bound.
+        """
+        for half in shelf.first():
+            self.add(half)
+        self.loop = asyncio.get_running_loop()
+        for number in signals:
+            self.loop.add_signal_handler(number, self.stop)
+        try:
+            server = await self.loop.create_server(lambda: Client(self), host, port, backlog=1024)
+        except (OSError, OverflowError) as error:
+            raise CoinferError(f"edge cannot listen on {host}:{port} ({error}); choose another port or address.") from error
+        tasks = [self.loop.create_task(self._sweep()), self.loop.create_task(self._follow(shelf))]
+        try:
+            announce(server.sockets[0].getsockname()[1])
+            await self._stopped.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            server.close()
+            await self._drain()
+
+    async def _drain(self) -> None:
+        for client in list(self.clients):
+            client.close_when_idle()
+        lanes = list(self.lanes.values())
+        for bundle_id in list(self.lanes):
+            self.remove(bundle_id)
+        end_s = time.perf_counter() + DRAIN_S
+        while (self.clients or any(not lane.join(0) for lane in lanes)) and time.perf_counter() < end_s:
+            await asyncio.sleep(0.01)
+        for client in list(self.clients):
+            client.transport.abort()
+
+    async def _follow(self, shelf: Shelf) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            came, wanted = await self.loop.run_in_executor(None, shelf.look)  # opening a network takes a while
+            for half in came:
+                self.add(half)
+            for bundle_id in self.lanes.keys() - wanted:
+                self.remove(bundle_id)
+
+    async def _sweep(self) -> None:
+        """Close silent connections, and forget addresses whose bucket is full again."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now_s = time.perf_counter()
+            for client in list(self.clients):
+                client.sweep(now_s)
+            self.buckets = {address: bucket for address, bucket in self.buckets.items() if now_s - bucket.filled_s < 1 + SWEEP_S}
+
+
+def _tell(finished: Finished) -> None:
+    for job, reply in finished:
+        job.done(reply)
+
+
+def refusal(reason: str, bundle_id: bytes = NOBODY) -> bytes:
+    return pack(reason.encode(), bundle_id, Kind.ERROR)
+
+
+class Client(asyncio.Protocol):
+    """One connection: its frames are answered one after another, in their order."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: EdgeServer) -> None:
+        self.server = server
+        self.address = ""
+        self._buffer = bytearray()
+        self._busy = self._ending = self._heard_all = self._unread = False
+        self._heard_s = time.perf_counter()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.address = str((transport.get_extra_info("peername") or ("",))[0])
+        if len(self.server.clients) >= self.server.limits.connections:
+            self._part("the edge has too many connections; try again later.")
+        else:
+            self.server.clients.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.server.clients.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = time.perf_counter()
+        self._buffer += data
+        if self._busy:
+            if len(self._buffer) > self.server.limits.frame_bytes:
+                self.transport.pause_reading()
+        else:
+            self._next()
+
+    def _next(self) -> None:
+        if self._ending or self._busy or self._unread:
+            return None
+        if len(self._buffer) < HEADER_BYTES:
+            return self._wait()
+        try:
+            need = frame_bytes(bytes(self._buffer[:HEADER_BYTES]))
+        except FrameError as error:  # where the next frame begins is unknown now
+            return self._part(str(error))
+        if need > self.server.limits.frame_bytes + OVERHEAD_BYTES:
+            return self._part(f"frame of {need} bytes is larger than this edge takes; send at most {self.server.limits.frame_bytes}.")
+        if len(self._buffer) < need:
+            return self._wait()
+        frame = bytes(self._buffer[:need])
+        del self._buffer[:need]
+        self._busy = True
+        return self.server.take(frame, self)
+
+    def _wait(self) -> None:
+        """For the rest of a frame; there is none after the end."""
+        if self._heard_all:
+            self.transport.close()
+
+    def told(self, reply: bytes) -> None:
+        """The answer to the frame that is open."""
+        self._busy = False
+        if self.transport.is_closing():
+            return
+        self.transport.write(reply)
+        if self._ending:
+            self.transport.close()
+            return
+        self.transport.resume_reading()
+        self.server.loop.call_soon(self._next)
+
+    def pause_writing(self) -> None:
+        """A client that reads no replies gets no more of them."""
+        self._unread = True
+
+    def resume_writing(self) -> None:
+        self._unread = False
+        self._next()
+
+    def eof_received(self) -> bool:
+        """Stay open to answer what came before the end."""
+        self._heard_all = True
+        self._next()
+        return True
+
+    def sweep(self, now_s: float) -> None:
+        silent_s = now_s - self._heard_s
+        if not self._busy and silent_s > (self.server.limits.partial_s if self._buffer else self.server.limits.idle_s):
+            self.transport.abort()
+
+    def close_when_idle(self) -> None:
+        self._ending = True
+        if not self._busy:
+            self.transport.close()
+
+    def _part(self, reason: str) -> None:
+        self._ending = True
+        self.transport.write(refusal(reason))
+        self.transport.close()
+
+
+def serve(
+    path: Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    threads: int = 1,
+    slowdown: float = 1.0,
+    batching: Batching | None = None,
+    limits: Limits | None = None,
+    announce: Callable[[int], object] = lambda port: print(f"edge listens on port {port}", flush=True),
+    signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+) -> None:
+    """Answer device halves of the bundle in `path`, or of those that this folder holds meanwhile (see `Shelf`), until one of `signals`.
+
+    Port 0 takes a free one; `announce` is told which.
+
+    Raises:
+        BundleError: no bundle can be served.
+        CoinferError: the address cannot be bound.
+    """
+    server = EdgeServer(batching or Batching(), limits or Limits())
+    asyncio.run(server.serve(Shelf(path, threads, slowdown), host, port, announce, signals))
+
+
+@contextlib.contextmanager
+def edge_process(bundle: Bundle, threads: int = 1, slowdown: float = 1.0) -> Iterator[int]:
+    """`serve` in a process of its own on 127.0.0.1; yields its port and ends it afterwards.
+
+    Raises:
+        CoinferError: the process did not come up.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would carry over the parent's thread pools in a broken state
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_serve_child, args=(bundle.path, threads, slowdown, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        try:
+            port = ours.recv() if ours.poll(START_TIMEOUT_S) else "no answer in time"
+        except EOFError:
+            port = "it ended"
+        if not isinstance(port, int):
+            raise CoinferError(f"edge process did not start: {port}; run `coinfer edge` with {bundle.path} to see more.")
+        yield port
+    finally:
+        process.terminate()
+        process.join()
+        process.close()
+        ours.close()
+
+
+def _serve_child(path: Path, threads: int, slowdown: float, ready: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process in its own order
+    try:
+        serve(path, threads=threads, slowdown=slowdown, announce=ready.send, signals=(signal.SIGTERM,))
+    except CoinferError as error:
+        ready.send(str(error))
