@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import signal
 import socket
 import struct
 import time
@@ -243,11 +244,18 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 def serve_link(relay: Relay, host: str, port: int) -> None:
-    """Run `relay` until Ctrl-C, then print what passed as a JSON line. Port 0 takes a free one.
+    """Run `relay` until Ctrl-C or SIGTERM, then print what passed as a JSON line. Port 0 takes a free one.
 
     Raises:
         CoinferError: the address cannot be bound.
     """
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(relay.serve(host, port, lambda port: print(f"link listens on port {port}", flush=True)))
+
+    async def run() -> None:
+        task = asyncio.ensure_future(relay.serve(host, port, lambda port: print(f"link listens on port {port}", flush=True)))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
     print(json.dumps(asdict(relay.traffic)), flush=True)

@@ -1,6 +1,7 @@
 """The emulated link as programs see it: their bytes arrive whole and in order, never earlier than the formula says, unless it is cut."""
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -31,8 +32,9 @@ FAST = Link(rate_mbps=1_000, rtt_ms=0)
 
 class _Echo(socketserver.BaseRequestHandler):
     def handle(self):
-        while data := self.request.recv(1 << 16):
-            self.request.sendall(data)
+        with contextlib.suppress(OSError):
+            while data := self.request.recv(1 << 16):
+                self.request.sendall(data)
 
 
 class _Echoes(socketserver.ThreadingTCPServer):
@@ -260,7 +262,8 @@ def test_weather_that_cannot_be_is_refused(changes):
         Weather(**changes)
 
 
-def test_a_device_reaches_its_edge_through_the_command(make_bundle, picture):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_device_reaches_its_edge_through_the_command(make_bundle, picture, end):
     bundle = make_bundle()
     expected = DeviceHalf(bundle).classify(picture, LoopbackTransport(EdgeHalf(bundle)))
     with edge_process(bundle) as edge:
@@ -270,7 +273,7 @@ def test_a_device_reaches_its_edge_through_the_command(make_bundle, picture):
             port = int(re.findall(r"link listens on port (\d+)", link.stdout.readline())[0])
             transport = TcpTransport("127.0.0.1", port)
             answer = DeviceHalf(bundle).classify(picture, transport)
-            link.send_signal(signal.SIGINT)  # while the connection is open
+            link.send_signal(end)  # while the connection is open
             printed, complaints = link.communicate(timeout=10)
             assert (link.returncode, complaints) == (0, "")
             traffic = json.loads(printed)
