@@ -158,17 +158,17 @@ def edge(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7070,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
-    max_delay: Annotated[float, typer.Option(min=0, metavar="MS", help="that a frame waits for others; those that came meanwhile never wait")] = 0,
+    max_delay: Annotated[float, typer.Option(min=0, max=10_000, metavar="MS", help="that a frame waits for others; those that came meanwhile never wait")] = 0,
     max_waiting: Annotated[int, typer.Option(min=1, help="frames in the queue of a bundle; more are answered `busy` at once")] = 256,
     max_connections: Annotated[int, typer.Option(min=1, help="open at once; more are told so and closed")] = 1024,
-    max_frame_bytes: Annotated[int, typer.Option(min=1, help="of one frame")] = 1 << 20,
+    max_payload_bytes: Annotated[int, typer.Option(min=1, help="of one frame")] = 1 << 20,
     max_per_second: Annotated[float, typer.Option(min=1, help="frames from one address, on average")] = 1000,
 ) -> None:
     """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP."""
     from pipeline.runtime.lane import Batching
     from pipeline.runtime.server import Limits, serve
 
-    limits = Limits(max_frame_bytes, max_connections, max_waiting, max_per_second)
+    limits = Limits(max_payload_bytes, max_connections, max_waiting, max_per_second)
     serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.errors import CoinferError, FrameError
 from pipeline.runtime.bundle import EDGE, Bundle
 from pipeline.runtime.coder import decode
-from pipeline.runtime.frame import Frame, Kind, pack, unpack
+from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import open_lazily
 from pipeline.runtime.timing import Stopwatch, timed
 
@@ -59,7 +59,21 @@ class EdgeHalf:
         Raises:
             FrameError: it is damaged, of another bundle, or carries something else.
         """
-        return self._open(unpack(frame))
+        received = unpack(frame)
+        if received.bundle_id != self._bundle.bundle_id:
+            raise FrameError(
+                f"frame is for bundle {received.bundle_id.hex()}, this edge runs {self._bundle.bundle_id.hex()}; give device and edge the same bundle."
+            )
+        if received.kind is not self._expects:
+            raise FrameError(f"frame carries {received.kind.name}, this {self._bundle.kind} bundle takes {self._expects.name}; check what the device sends.")
+        if self._expects is Kind.IMAGE:
+            return self._decode_image(received.payload)
+        point, payload = 0, received.payload
+        if len(self._bundle.points) > 1:
+            point, payload = payload[0] if payload else len(self._bundle.points), payload[1:]
+            if point >= len(self._bundle.points):
+                raise FrameError(f"frame names no operating point of this bundle, which has {len(self._bundle.points)}; check what the device sends.")
+        return decode(payload, self._bundle.code_shape, self._bundle.points[point])[None]
 
     def run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits (N, classes) of N opened frames."""
@@ -75,22 +89,6 @@ class EdgeHalf:
     def refusal(self, reason: str) -> bytes:
         """The frame that answers with a reason instead."""
         return pack(reason.encode(), self.bundle_id, Kind.ERROR)
-
-    def _open(self, frame: Frame) -> NDArray[np.uint8]:
-        if frame.bundle_id != self._bundle.bundle_id:
-            raise FrameError(
-                f"frame is for bundle {frame.bundle_id.hex()}, this edge runs {self._bundle.bundle_id.hex()}; give device and edge the same bundle."
-            )
-        if frame.kind is not self._expects:
-            raise FrameError(f"frame carries {frame.kind.name}, this {self._bundle.kind} bundle takes {self._expects.name}; check what the device sends.")
-        if self._expects is Kind.IMAGE:
-            return self._decode_image(frame.payload)
-        point, payload = 0, frame.payload
-        if len(self._bundle.points) > 1:
-            point, payload = payload[0] if payload else len(self._bundle.points), payload[1:]
-            if point >= len(self._bundle.points):
-                raise FrameError(f"frame names no operating point of this bundle, which has {len(self._bundle.points)}; check what the device sends.")
-        return decode(payload, self._bundle.code_shape, self._bundle.points[point])[None]
 
     def _decode_image(self, payload: bytes) -> NDArray[np.uint8]:
         size = self._bundle.preprocessing.image_size

@@ -14,6 +14,8 @@ import numpy as np
 from pipeline.errors import CoinferError
 from pipeline.runtime.edge import EdgeHalf
 
+BUSY = "the edge is busy; try again later."
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -25,10 +27,11 @@ class Batching:
 
 @dataclass
 class Job:
-    """A frame, whom to tell its reply, and when it came (s, `time.perf_counter`)."""
+    """A frame, whom to tell its reply, whether somebody still waits for that, and when it came (s, `time.perf_counter`)."""
 
     frame: bytes
     done: Callable[[bytes], None]
+    wanted: Callable[[], bool]
     came_s: float = field(default_factory=time.perf_counter)
 
 
@@ -40,11 +43,12 @@ class Lane:
 
     Args:
         capacity: jobs that may wait; `put` refuses more.
+        patience_s: what waited longer is answered busy: its device has gone on without the edge.
         deliver: told, from the lane's thread, all replies of a batch at once.
     """
 
-    def __init__(self, half: EdgeHalf, batching: Batching, capacity: int, deliver: Callable[[Finished], None]) -> None:
-        self._half, self._batching, self._capacity, self._deliver = half, batching, capacity, deliver
+    def __init__(self, half: EdgeHalf, batching: Batching, capacity: int, patience_s: float, deliver: Callable[[Finished], None]) -> None:
+        self._half, self._batching, self._capacity, self._patience_s, self._deliver = half, batching, capacity, patience_s, deliver
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"lane {half.bundle_id.hex()}", daemon=True)
@@ -66,14 +70,18 @@ class Lane:
         self._closing = True
         self._queue.put(None)
 
-    def join(self, timeout_s: float | None = None) -> bool:
-        """Wait until a closed lane has answered everything; whether it has."""
-        self._thread.join(timeout_s)
+    @property
+    def has_ended(self) -> bool:
+        """Whether everything is answered after `close`."""
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         while jobs := self._gather():
-            self._deliver(list(zip(jobs, self._answers(jobs), strict=True)))
+            try:
+                replies = self._answers(jobs)
+            except Exception as error:  # ONNX Runtime raises its own unrelated classes; the next batch may do better
+                replies = [self._half.refusal(f"the edge half failed ({error!r}); look at the edge.")] * len(jobs)
+            self._deliver(list(zip(jobs, replies, strict=True)))
 
     def _answers(self, jobs: Sequence[Job]) -> list[bytes]:
         half = self._half
@@ -83,17 +91,16 @@ class Lane:
         opened: dict[int, tuple[Any, float]] = {}
         for index, job in enumerate(jobs):
             start_s = time.perf_counter()
+            if start_s - job.came_s > self._patience_s or not job.wanted():
+                replies[index] = half.refusal(BUSY)
+                continue
             try:
                 opened[index] = half.open(job.frame), 1e3 * (time.perf_counter() - start_s)
             except CoinferError as error:
                 replies[index] = half.refusal(str(error))
         if opened:
             batch = [array for array, _ in opened.values()]
-            try:
-                logits = half.run(np.concatenate(batch) if len(batch) > 1 else batch[0])
-            except Exception as error:  # ONNX Runtime raises its own unrelated classes; the next batch may do better
-                failed = half.refusal(f"the edge half failed ({str(error).splitlines()[0]}); look at the edge.")
-                return [replies.get(index, failed) for index in range(len(jobs))]
+            logits = half.run(np.concatenate(batch) if len(batch) > 1 else batch[0])
             end_s = time.perf_counter()
             for row, (index, (_, decode_ms)) in zip(logits, opened.items(), strict=True):
                 replies[index] = half.reply(row, decode_ms, 1e3 * (end_s - jobs[index].came_s) - decode_ms)

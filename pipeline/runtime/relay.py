@@ -115,7 +115,7 @@ class Relay:
         self._began_ms = time.perf_counter() * 1e3
         try:
             server = await asyncio.start_server(self._accept, host, port)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise CoinferError(f"the link cannot listen on {host}:{port} ({error}); choose another port or address.") from error
         announce(server.sockets[0].getsockname()[1])
         try:

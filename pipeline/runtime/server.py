@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from pipeline.errors import CoinferError, FrameError
 from pipeline.runtime.bundle import Bundle
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.frame import HEADER_BYTES, OVERHEAD_BYTES, Kind, frame_bytes, pack
-from pipeline.runtime.lane import Batching, Finished, Job, Lane
+from pipeline.runtime.lane import BUSY, Batching, Finished, Job, Lane
 from pipeline.runtime.shelf import Shelf
 
 START_TIMEOUT_S = 60.0
 SWEEP_S = 1.0
+PARTING_S = 1.0
 LOOK_S = 1.0
 DRAIN_S = 30.0
 NOBODY = bytes(4)  # the bundle id of what a server says that runs several
@@ -31,20 +33,22 @@ class Limits:
     """What a server takes from its clients.
 
     Args:
-        frame_bytes: of one frame.
+        payload_bytes: of one frame.
         connections: open at once; more are told so and closed.
         waiting: frames in the queue of a bundle; more are answered "busy" at once.
         per_second: frames of one address, on average; a burst of as many is let through.
         idle_s: after which a silent connection is closed.
         partial_s: within which a frame that has begun has to be complete.
+        patience_s: after which a frame that waits is answered "busy".
     """
 
-    frame_bytes: int = 1 << 20
+    payload_bytes: int = 1 << 20
     connections: int = 1024
     waiting: int = 256
     per_second: float = 1000.0
     idle_s: float = 300.0
     partial_s: float = 30.0
+    patience_s: float = 5.0
 
 
 @dataclass
@@ -71,13 +75,14 @@ class EdgeServer:
         self.lanes: dict[bytes, Lane] = {}
         self.clients: set[Client] = set()
         self.buckets: dict[str, Bucket] = {}
-        self._stopped = asyncio.Event()
+        self.is_stopping = False
+        self._stopped, self._hurried = asyncio.Event(), asyncio.Event()
         self.loop: asyncio.AbstractEventLoop
 
     def add(self, half: EdgeHalf) -> None:
         """Answer frames of its bundle from now on."""
         if half.bundle_id not in self.lanes:
-            self.lanes[half.bundle_id] = Lane(half, self.batching, self.limits.waiting, self._delivered)
+            self.lanes[half.bundle_id] = Lane(half, self.batching, self.limits.waiting, self.limits.patience_s, self._delivered)
 
     def remove(self, bundle_id: bytes) -> None:
         """Refuse frames of that bundle from now on; those that wait are answered."""
@@ -92,11 +97,13 @@ class EdgeServer:
         elif (lane := self.lanes.get(bundle_id)) is None:
             known = ", ".join(sorted(each.hex() for each in self.lanes)) or "none"
             client.told(refusal(f"frame is for bundle {bundle_id.hex()}, this edge runs {known}; give device and edge the same bundle.", bundle_id))
-        elif not lane.put(Job(frame, client.told, now_s)):
-            client.told(refusal("the edge is busy; try again later.", bundle_id))
+        elif not lane.put(Job(frame, client.told, client.is_there, now_s)):
+            client.told(refusal(BUSY, bundle_id))
 
     def stop(self) -> None:
-        self._stopped.set()
+        """Answer what waits and end; told again, end at once."""
+        (self._hurried if self.is_stopping else self._stopped).set()
+        self.is_stopping = True
 
     def _delivered(self, finished: Finished) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended before its lanes
@@ -115,7 +122,7 @@ class EdgeServer:
             self.loop.add_signal_handler(number, self.stop)
         try:
             server = await self.loop.create_server(lambda: Client(self), host, port, backlog=1024)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise CoinferError(f"edge cannot listen on {host}:{port} ({error}); choose another port or address.") from error
         tasks = [self.loop.create_task(self._sweep()), self.loop.create_task(self._follow(shelf))]
         try:
@@ -128,25 +135,29 @@ class EdgeServer:
             await self._drain()
 
     async def _drain(self) -> None:
+        self.is_stopping = True
         for client in list(self.clients):
             client.close_when_idle()
-        lanes = list(self.lanes.values())
-        for bundle_id in list(self.lanes):
-            self.remove(bundle_id)
-        end_s = time.perf_counter() + DRAIN_S
-        while (self.clients or any(not lane.join(0) for lane in lanes)) and time.perf_counter() < end_s:
-            await asyncio.sleep(0.01)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self.clients and not self._hurried.is_set():
+                    await asyncio.sleep(0.01)
         for client in list(self.clients):
             client.transport.abort()
+        for bundle_id in list(self.lanes):
+            self.remove(bundle_id)
 
     async def _follow(self, shelf: Shelf) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            came, wanted = await self.loop.run_in_executor(None, shelf.look)  # opening a network takes a while
-            for half in came:
-                self.add(half)
-            for bundle_id in self.lanes.keys() - wanted:
-                self.remove(bundle_id)
+            try:
+                came, wanted = await self.loop.run_in_executor(None, shelf.look)  # opening a network takes a while
+                for half in came:
+                    self.add(half)
+                for bundle_id in self.lanes.keys() - wanted:
+                    self.remove(bundle_id)
+            except Exception as error:  # another second it may go well
+                print(f"coinfer: {shelf.path} cannot be followed ({error!r}).", file=sys.stderr, flush=True)
 
     async def _sweep(self) -> None:
         """Close silent connections, and forget addresses whose bucket is full again."""
@@ -176,93 +187,109 @@ class Client(asyncio.Protocol):
         self.server = server
         self.address = ""
         self._buffer = bytearray()
-        self._busy = self._ending = self._heard_all = self._unread = False
-        self._heard_s = time.perf_counter()
+        self._is_busy = self._is_paused = self._is_unread = self._is_ending = self._is_parting = False
+        self._heard_s = self._began_s = time.perf_counter()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.address = str((transport.get_extra_info("peername") or ("",))[0])
-        if len(self.server.clients) >= self.server.limits.connections:
-            self._part("the edge has too many connections; try again later.")
+        if self.server.is_stopping:
+            transport.close()
+        elif len(self.server.clients) >= self.server.limits.connections:
+            transport.write(refusal("the edge has too many connections; try again later."))
+            transport.close()
         else:
             self.server.clients.add(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.server.clients.discard(self)
 
+    def is_there(self) -> bool:
+        return not self.transport.is_closing()
+
     def data_received(self, data: bytes) -> None:
+        if self._is_parting or not self.is_there():
+            return
         self._heard_s = time.perf_counter()
+        if not self._buffer:
+            self._began_s = self._heard_s
         self._buffer += data
-        if self._busy:
-            if len(self._buffer) > self.server.limits.frame_bytes:
-                self.transport.pause_reading()
-        else:
-            self._next()
+        self._next()
+        if len(self._buffer) > self._most_bytes:
+            self._is_paused = True
+            self.transport.pause_reading()
+
+    @property
+    def _most_bytes(self) -> int:
+        return self.server.limits.payload_bytes + OVERHEAD_BYTES
 
     def _next(self) -> None:
-        if self._ending or self._busy or self._unread:
-            return None
-        if len(self._buffer) < HEADER_BYTES:
-            return self._wait()
-        try:
-            need = frame_bytes(bytes(self._buffer[:HEADER_BYTES]))
-        except FrameError as error:  # where the next frame begins is unknown now
-            return self._part(str(error))
-        if need > self.server.limits.frame_bytes + OVERHEAD_BYTES:
-            return self._part(f"frame of {need} bytes is larger than this edge takes; send at most {self.server.limits.frame_bytes}.")
-        if len(self._buffer) < need:
-            return self._wait()
-        frame = bytes(self._buffer[:need])
-        del self._buffer[:need]
-        self._busy = True
-        return self.server.take(frame, self)
-
-    def _wait(self) -> None:
-        """For the rest of a frame; there is none after the end."""
-        if self._heard_all:
+        """Take the next frame, if it is there and it is time."""
+        if self._is_busy or self._is_unread or self._is_parting or not self.is_there():
+            return
+        need = HEADER_BYTES
+        if len(self._buffer) >= HEADER_BYTES:
+            try:
+                need = frame_bytes(bytes(self._buffer[:HEADER_BYTES]))
+            except FrameError as error:  # where the next frame begins is unknown now
+                return self._part(str(error))
+            if need > self._most_bytes:
+                return self._part(f"payload of {need - OVERHEAD_BYTES} bytes is more than this edge takes; send at most {self.server.limits.payload_bytes}.")
+        if len(self._buffer) >= need:
+            frame = bytes(self._buffer[:need])
+            del self._buffer[:need]
+            self._is_busy = True
+            self.server.take(frame, self)
+        elif self._is_ending:
             self.transport.close()
+        if self._is_paused and len(self._buffer) <= self._most_bytes:
+            self._is_paused = False
+            self.transport.resume_reading()
 
     def told(self, reply: bytes) -> None:
-        """The answer to the frame that is open."""
-        self._busy = False
-        if self.transport.is_closing():
-            return
-        self.transport.write(reply)
-        if self._ending:
-            self.transport.close()
-            return
-        self.transport.resume_reading()
-        self.server.loop.call_soon(self._next)
+        """The answer to the frame that was taken last."""
+        self._is_busy = False
+        if self.is_there():
+            self._heard_s = self._began_s = time.perf_counter()
+            self.transport.write(reply)
+            self.server.loop.call_soon(self._next)
 
     def pause_writing(self) -> None:
         """A client that reads no replies gets no more of them."""
-        self._unread = True
+        self._is_unread = True
 
     def resume_writing(self) -> None:
-        self._unread = False
+        self._is_unread = False
         self._next()
 
     def eof_received(self) -> bool:
         """Stay open to answer what came before the end."""
-        self._heard_all = True
-        self._next()
+        if self._is_parting:
+            self.transport.close()
+        self.close_when_idle()
         return True
 
+    def close_when_idle(self) -> None:
+        """Once all frames that are there are answered."""
+        self._is_ending = True
+        self._next()
+
     def sweep(self, now_s: float) -> None:
-        silent_s = now_s - self._heard_s
-        if not self._busy and silent_s > (self.server.limits.partial_s if self._buffer else self.server.limits.idle_s):
+        silent, slow = now_s - self._heard_s > self.server.limits.idle_s, self._buffer and now_s - self._began_s > self.server.limits.partial_s
+        if not self._is_busy and (silent or slow):
             self.transport.abort()
 
-    def close_when_idle(self) -> None:
-        self._ending = True
-        if not self._busy:
-            self.transport.close()
-
     def _part(self, reason: str) -> None:
-        self._ending = True
+        """Close so that the last word arrives: the client may still be sending, and what is not read would reset the connection."""
+        self._is_parting = True
+        self._buffer.clear()
+        if self._is_paused:
+            self.transport.resume_reading()
         self.transport.write(refusal(reason))
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.server.loop.call_later(PARTING_S, self.transport.abort)
 
 
 def serve(

@@ -5,21 +5,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, CoinferError
 from pipeline.runtime.bundle import MANIFEST, Bundle
 from pipeline.runtime.edge import EdgeHalf
+
+Print = tuple[tuple[str, int, int, int], ...]
 
 
 class Shelf:
     """The bundle in the folder `path`, or those in its subfolders, which may come and go and be replaced.
 
-    One that cannot be served is reported once on standard error and passed over. One that is gone is served until it was missed twice, as a folder
-    that is being replaced is away for a moment.
+    One that cannot be served is reported on standard error and looked at again when its files change; what its folder held before is served meanwhile.
+    A subfolder that is gone is served until it was missed twice, as one that is being replaced is away for a moment; a single bundle always.
     """
 
     def __init__(self, path: Path, threads: int = 1, slowdown: float = 1.0) -> None:
         self.path, self.threads, self.slowdown = path, threads, slowdown
-        self._known: dict[Path, tuple[int, bytes | None]] = {}  # when its manifest was written, and its id if it can be served
+        self._is_one = (path / MANIFEST).exists() or not path.is_dir()
+        self._seen: dict[Path, Print] = {}  # as its files were when last looked at
+        self._served: dict[Path, bytes] = {}
         self._missed: set[Path] = set()
 
     def first(self) -> list[EdgeHalf]:
@@ -29,9 +33,7 @@ class Shelf:
             CoinferError: `path` is no bundle that can be served, or holds none.
         """
         if self._is_one:
-            half = EdgeHalf(Bundle.load(self.path), self.threads, self.slowdown)
-            self._known[self.path] = _written(self.path) or 0, half.bundle_id
-            return [half]
+            return [self._open(self.path)]
         came, _ = self.look()
         if not came:
             raise BundleError(f"{self.path} holds no bundle that can be served; give a bundle, or a folder of bundles, as `coinfer export` writes them.")
@@ -39,40 +41,48 @@ class Shelf:
 
     def look(self) -> tuple[list[EdgeHalf], set[bytes]]:
         """Halves that came since the last look, and the ids of all bundles to serve from now on."""
-        there = {path: written for path in self._places() if (written := _written(path)) is not None}
-        gone = self._known.keys() - there.keys()
-        for path in gone & self._missed:
-            del self._known[path]
-        self._missed = gone
         came = []
-        for path, written in sorted(there.items()):
-            if path in self._known and self._known[path][0] == written:
-                continue
-            try:
-                half = EdgeHalf(Bundle.load(path), self.threads, self.slowdown)
-            except Exception as error:  # ONNX Runtime raises its own unrelated classes
-                print(f"coinfer: not served: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-                self._known[path] = written, None
-                continue
-            self._known[path] = written, half.bundle_id
-            came.append(half)
-        return came, {bundle_id for _, bundle_id in self._known.values() if bundle_id is not None}
-
-    @property
-    def _is_one(self) -> bool:
-        return (self.path / MANIFEST).exists() or not self.path.is_dir()
-
-    def _places(self) -> list[Path]:
-        if self.path in self._known:
-            return [self.path]
         try:
-            return [path for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        except OSError:
-            return []
+            places = [self.path] if self._is_one else [path for path in self.path.iterdir() if not path.name.startswith(".")]
+            there = {path: found for path in places if (found := _fingerprint(path)) is not None}
+        except OSError as error:
+            self._report(f"{self.path} cannot be looked at ({error}); what was there is served on.")
+            return [], set(self._served.values())
+        for path in sorted(there):
+            if self._seen.get(path) != there[path]:
+                try:
+                    came.append(self._open(path))
+                except CoinferError as error:
+                    self._report(str(error))
+                except Exception as error:  # ONNX Runtime raises its own unrelated classes
+                    self._report(f"{path} cannot be opened ({error!r}); export the bundle again.")
+                self._seen[path] = there[path]
+        if not self._is_one:
+            gone = (self._seen.keys() | self._served.keys()) - there.keys()
+            for path in gone & self._missed:
+                self._seen.pop(path, None)
+                self._served.pop(path, None)
+            self._missed = gone
+        return came, set(self._served.values())
+
+    def _open(self, path: Path) -> EdgeHalf:
+        found = _fingerprint(path)
+        half = EdgeHalf(Bundle.load(path), self.threads, self.slowdown)
+        self._served[path] = half.bundle_id
+        if found is not None:
+            self._seen[path] = found
+        return half
+
+    def _report(self, reason: str) -> None:
+        print(f"coinfer: not served: {reason}", file=sys.stderr, flush=True)
 
 
-def _written(path: Path) -> int | None:
+def _fingerprint(path: Path) -> Print | None:
+    """Names, sizes, times and places of a bundle's files; None where there is no bundle."""
     try:
-        return (path / MANIFEST).stat().st_mtime_ns
-    except OSError:
+        files = [(file.name, file.stat()) for file in sorted(path.iterdir())]
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    if MANIFEST not in {name for name, _ in files}:
+        return None
+    return tuple((name, known.st_size, known.st_mtime_ns, known.st_ino) for name, known in files)

@@ -125,7 +125,7 @@ class TcpTransport:
         """
         if self._link:
             self._link.up(len(frame))
-        if self._socket is not None and select.select([self._socket], [], [], 0)[0]:
+        if self._socket is not None and _has_more(self._socket):
             self.close()  # it has ended, or holds what would be taken for the next reply
         kept = self._socket is not None
         end_s = time.monotonic() + timeout_s
@@ -222,6 +222,13 @@ def receive_frame(connection: socket.socket, end_s: float | None = None) -> byte
         return None
     rest = _receive(connection, frame_bytes(header) - HEADER_BYTES, end_s)
     return header + rest
+
+
+def _has_more(connection: socket.socket) -> bool:
+    """Whether something, be it the end, is there to be read."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _left_s(end_s: float) -> float:
