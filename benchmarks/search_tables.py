@@ -64,7 +64,7 @@ def predictor_table(figures: Figures) -> list[str]:
     """Median absolute error, and the error that nine tenths stay below, in per cent."""
     if figures["predictor_mdape"]["value"] is None:
         return []
-    kinds = [(name, precision) for name, _ in BACKBONES for precision in HALVES]
+    kinds = [(name, precision) for name, _ in BACKBONES for precision, _ in HALVES]
 
     def row(key: str, how: str) -> str:
         cells = [f"{figures[f'{key}_mdape']['value']:.1f} / {figures[f'{key}_p90ape']['value']:.1f}"]
