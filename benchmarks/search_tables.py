@@ -89,6 +89,6 @@ def predictor_table(figures: Figures) -> list[str]:
 def ray_lines(figures: Figures) -> list[str]:
     if figures["ray_speedup_2"]["value"] is None:
         return []
-    overhead = {key.rpartition(".w")[2]: figure["value"] for key, figure in figures.items() if key.startswith("ray_overhead_ms_per_trial.w")}
-    each = ", ".join(f"{value:.3g} with {workers}" for workers, value in overhead.items() if value is not None)
+    overhead = {int(key.rpartition(".w")[2]): figure["value"] for key, figure in figures.items() if key.startswith("ray_overhead_ms_per_trial.w")}
+    each = ", ".join(f"{value:.3g} with {workers}" for workers, value in sorted(overhead.items()) if value is not None)
     return [f"Ray: {_cell(figures, 'ray_speedup_2', '.2f')} times as fast with two workers as with one; the driver's own ms a trial: {each}."]
