@@ -177,8 +177,7 @@ def test_an_edge_that_answers_nothing_slowly_garbage_or_half_is_a_reason_to_answ
     transport.close()
     assert answer.path == "device-only"
     assert reason in str(why)
-    if reason == "timed out":
-        assert 200 < answer.parts["link_ms"] < 300, "it stopped waiting early enough to answer alone"
+    assert answer.parts["total_ms"] > answer.parts["link_ms"] > 0, "waiting in vain counts"
 
 
 def test_a_large_picture_is_prepared_once_and_counts(bundle):
