@@ -97,7 +97,7 @@ def jpegs(stream: BinaryIO) -> Iterator[bytes]:
     reader = _Reader(stream)
     number = 0
     while reader.begin():
-        reader.expect(SOI, number)
+        reader.expect_start(number)
         while (marker := reader.marker(number)) != EOI:
             if marker in ALONE:
                 continue
@@ -137,8 +137,8 @@ class _Reader:
             self._ahead = self._ahead[len(some) :]
         return bytes(self._taken[start:])
 
-    def expect(self, marker: int, number: int) -> None:
-        if self.take(2, number) != bytes([0xFF, marker]):
+    def expect_start(self, number: int) -> None:
+        if self.take(2, number) != bytes([0xFF, SOI]):
             raise DataError(f"what begins as image {number} on standard input is no JPEG; send JPEG images one after another and nothing between.")
 
     def marker(self, number: int) -> int:

@@ -1,5 +1,7 @@
 """Bundles of tiny hand-made ONNX halves, so that nothing here needs torch."""
 
+import asyncio
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, FILES, Bundle, write_bundle
 from pipeline.runtime.coder import build_tables
+from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.lane import Batching
 from pipeline.runtime.preprocess import Preprocessing
+from pipeline.runtime.server import EdgeServer, Limits
+from pipeline.runtime.shelf import Shelf
+from tests.pipeline.runtime.serving import Gate, Running
 
 SIZE, CODE, BITS, CLASSES = 8, (2, 4, 4), 3, ["ant", "bee", "cat"]
 
@@ -83,3 +90,32 @@ def make_bundle(tmp_path: Path):
 def picture() -> np.ndarray:
     """uint8 (3, S, S)"""
     return np.random.default_rng(7).integers(0, 256, (3, SIZE, SIZE)).astype(np.uint8)
+
+
+@pytest.fixture
+def run():
+    """run(bundle or folder, batching=, limits=, slowdown=) -> Running, drained with the test."""
+    ends = []
+
+    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0) -> Running:  # noqa: B008
+        server, ports, known = EdgeServer(batching, limits), [], threading.Event()
+        shelf = Shelf(getattr(path, "path", path), slowdown=slowdown)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(shelf, "127.0.0.1", 0, lambda port: (ports.append(port), known.set()), ())))
+        thread.start()
+        ends.append((server, thread))
+        assert known.wait(10)
+        return Running(server, ports[0])
+
+    yield start
+    for server, thread in ends:
+        server.loop.call_soon_threadsafe(server.stop)
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(EdgeHalf, "run", lambda half, batch: gate.run(half, batch))
+    yield gate
+    gate.is_open.set()
