@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split."
 )
 DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under `devices` in params.yaml; the first one by default")]
+KeysOption = Annotated[Path | None, typer.Option("--keys", help="folder that `coinfer keys` made; needed beyond loopback")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
 
 
@@ -162,14 +163,29 @@ def edge(
     max_waiting: Annotated[int, typer.Option(min=1, help="frames in the queue of a bundle; more are answered `busy` at once")] = 256,
     max_connections: Annotated[int, typer.Option(min=1, help="open at once; more are told so and closed")] = 1024,
     max_payload_bytes: Annotated[int, typer.Option(min=1, help="of one frame")] = 1 << 20,
-    max_per_second: Annotated[float, typer.Option(min=1, help="frames from one address, on average")] = 1000,
+    max_per_second: Annotated[float, typer.Option(min=1, help="frames of one device, on average; without keys, of one address")] = 1000,
+    keys: KeysOption = None,
 ) -> None:
     """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP."""
     from pipeline.runtime.lane import Batching
     from pipeline.runtime.server import Limits, serve
 
     limits = Limits(max_payload_bytes, max_connections, max_waiting, max_per_second)
-    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits)
+    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, keys=keys)
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="made, or added to; whoever has its ca.key can make keys for this edge")],
+    edge: Annotated[list[str] | None, typer.Option("--edge", metavar="HOST", help="name or address under which devices reach the edge")] = None,
+    device: Annotated[list[str] | None, typer.Option("--device", metavar="NAME", help="a device that may ask the edge")] = None,
+    days: Annotated[int, typer.Option(min=1, max=36500, help="after which the certificates end")] = 730,
+) -> None:
+    """Make the keys without which an edge listens on loopback only: one folder for the edge, one for each device."""
+    from pipeline.runtime.keymaking import make_keys
+
+    for written in make_keys(folder, edge or [], device or [], days):
+        print(written)
 
 
 @app.command("profile-agent")
@@ -212,14 +228,18 @@ def device(
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     point: Annotated[int, typer.Option(min=0, help="operating point, 0 the most accurate; only a multi-rate bundle has several")] = 0,
     deadline: Annotated[float, typer.Option("--deadline", metavar="MS", help="an image that the edge has not answered by then is classified here")] = 1000,
+    keys: KeysOption = None,
+    name: Annotated[str | None, typer.Option("--name", help="of this device, told the edge; with keys, theirs")] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="6 bytes around a payload rather than 13, for the narrowest links")] = False,
 ) -> None:
     """Run the device half on images; print one JSON line an image."""
     from pipeline.runtime.bundle import Bundle
+    from pipeline.runtime.dial import dial
     from pipeline.runtime.records import classify
-    from pipeline.runtime.transport import TcpTransport
 
-    transport = TcpTransport.at(edge) if edge else None
-    for record in classify(Bundle.load(bundle), transport, source, threads=threads, point=point, deadline_ms=deadline):
+    opened = Bundle.load(bundle)
+    transport = dial(edge, keys, name, opened.bundle_id if compact else b"") if edge else None
+    for record in classify(opened, transport, source, threads=threads, point=point, deadline_ms=deadline):
         print(json.dumps(record), flush=True)
 
 

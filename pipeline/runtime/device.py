@@ -27,7 +27,7 @@ Picture = Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Answer:
-    """Logits float32 (classes,), milliseconds by `PARTS`, size of the frame sent (0: none) and the way taken."""
+    """Logits float32 (classes,), milliseconds by `PARTS`, size of the message sent (0: none) and the way taken."""
 
     logits: NDArray[np.float32]
     parts: dict[str, float]
@@ -105,7 +105,7 @@ class DeviceHalf:
         parts["decode_ms"], parts["edge_ms"] = REPLY_TIMES.unpack_from(reply.payload)
         parts["link_ms"] = max(0.0, watch.parts["round_trip"] - parts["decode_ms"] - parts["edge_ms"])
         logits = np.frombuffer(reply.payload, dtype="<f4", offset=REPLY_TIMES.size).astype(np.float32)
-        return Answer(logits, _complete(parts), len(frame), self._bundle.kind)
+        return Answer(logits, _complete(parts), transport.message_bytes(frame), self._bundle.kind)
 
     def classify_locally(self, picture: Picture) -> Answer:
         """Classify one picture with device-only.onnx alone.

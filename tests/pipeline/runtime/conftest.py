@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, FILES, Bundle, write_bundle
 from pipeline.runtime.coder import build_tables
 from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.guard import EdgeKeys
+from pipeline.runtime.keymaking import make_keys
 from pipeline.runtime.lane import Batching
 from pipeline.runtime.preprocess import Preprocessing
 from pipeline.runtime.server import EdgeServer, Limits
@@ -94,11 +96,11 @@ def picture() -> np.ndarray:
 
 @pytest.fixture
 def run():
-    """run(bundle or folder, batching=, limits=, slowdown=) -> Running, drained with the test."""
+    """run(bundle or folder, batching=, limits=, slowdown=, keys=) -> Running, drained with the test."""
     ends = []
 
-    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0) -> Running:  # noqa: B008
-        server, ports, known = EdgeServer(batching, limits), [], threading.Event()
+    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0, keys=None) -> Running:  # noqa: B008
+        server, ports, known = EdgeServer(batching, limits, EdgeKeys(keys) if keys else None), [], threading.Event()
         shelf = Shelf(getattr(path, "path", path), slowdown=slowdown)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(shelf, "127.0.0.1", 0, lambda port: (ports.append(port), known.set()), ())))
         thread.start()
@@ -111,6 +113,13 @@ def run():
         server.loop.call_soon_threadsafe(server.stop)
         thread.join(10)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def key_folder(tmp_path):
+    """Keys of an edge and of the devices ant and bee."""
+    make_keys(tmp_path / "keys", ["edge.example"], ["ant", "bee"])
+    return tmp_path / "keys"
 
 
 @pytest.fixture

@@ -121,6 +121,8 @@ def test_halves_of_different_bundles_refuse_each_other(make_bundle, picture):
 class Replies:
     """An edge that answers whatever it is told to."""
 
+    alone, message_bytes = 0, staticmethod(len)
+
     def __init__(self, reply: bytes) -> None:
         self.reply = reply
 
