@@ -78,6 +78,7 @@ class EdgeServer:
         self.clients: set[Client] = set()
         self.buckets: dict[str, Bucket] = {}
         self.is_stopping = False
+        self.beat_s = time.perf_counter()
         self._stopped, self._hurried = asyncio.Event(), asyncio.Event()
         self.loop: asyncio.AbstractEventLoop
 
@@ -110,6 +111,11 @@ class EdgeServer:
         """Answer what waits and end; told again, end at once."""
         (self._hurried if self.is_stopping else self._stopped).set()
         self.is_stopping = True
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether frames are taken."""
+        return bool(self.lanes) and not self.is_stopping
 
     def _delivered(self, finished: Finished) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended before its lanes
@@ -170,7 +176,7 @@ class EdgeServer:
         """Close silent connections, and forget addresses whose bucket is full again."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            now_s = time.perf_counter()
+            now_s = self.beat_s = time.perf_counter()
             for client in list(self.clients):
                 client.sweep(now_s)
             self.buckets = {address: bucket for address, bucket in self.buckets.items() if now_s - bucket.filled_s < 1 + SWEEP_S}
