@@ -94,11 +94,11 @@ def picture() -> np.ndarray:
 
 @pytest.fixture
 def run():
-    """run(bundle or folder, batching=, limits=, slowdown=) -> Running, drained with the test."""
+    """run(bundle or folder, batching=, limits=, slowdown=, fronts=) -> Running, drained with the test."""
     ends = []
 
-    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0) -> Running:  # noqa: B008
-        server, ports, known = EdgeServer(batching, limits), [], threading.Event()
+    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0, fronts=()) -> Running:  # noqa: B008
+        server, ports, known = EdgeServer(batching, limits, fronts), [], threading.Event()
         shelf = Shelf(getattr(path, "path", path), slowdown=slowdown)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(shelf, "127.0.0.1", 0, lambda port: (ports.append(port), known.set()), ())))
         thread.start()
@@ -108,7 +108,8 @@ def run():
 
     yield start
     for server, thread in ends:
-        server.loop.call_soon_threadsafe(server.stop)
+        if thread.is_alive():
+            server.loop.call_soon_threadsafe(server.stop)
         thread.join(10)
         assert not thread.is_alive()
 
