@@ -21,6 +21,7 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under
 KeysOption = Annotated[Path | None, typer.Option("--keys", help="folder that `coinfer keys` made; needed beyond loopback")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
 
+EDGE_EXTRA = {"cryptography", "google", "grpc", "prometheus_client"}
 
 # What a stage's MLflow run shows of params.yaml, beside the device's own section.
 SECTIONS = {
@@ -157,6 +158,7 @@ def edge(
     bundle: Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote, or a folder of such folders, which may come and go")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7070,
+    grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="of the Open Inference Protocol over gRPC, beside; left out: none")] = None,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
     max_delay: Annotated[float, typer.Option(min=0, max=10_000, metavar="MS", help="that a frame waits for others; those that came meanwhile never wait")] = 0,
@@ -165,13 +167,24 @@ def edge(
     max_payload_bytes: Annotated[int, typer.Option(min=1, help="of one frame")] = 1 << 20,
     max_per_second: Annotated[float, typer.Option(min=1, help="frames of one device, on average; without keys, of one address")] = 1000,
     keys: KeysOption = None,
+    metrics: Annotated[str | None, typer.Option("--metrics", metavar="HOST:PORT", help="serve /metrics (Prometheus), /livez and /readyz there")] = None,
 ) -> None:
-    """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP."""
+    """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP and gRPC."""
+    from pipeline.runtime.address import parse_address
     from pipeline.runtime.lane import Batching
-    from pipeline.runtime.server import Limits, serve
+    from pipeline.runtime.server import Front, Limits, serve
 
     limits = Limits(max_payload_bytes, max_connections, max_waiting, max_per_second)
-    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, keys=keys)
+    fronts: list[Front] = []
+    if grpc_port is not None:
+        from pipeline.runtime.grpc_front import GrpcFront
+
+        fronts.append(GrpcFront(host, grpc_port))
+    if metrics is not None:
+        from pipeline.runtime.metrics import MetricsFront
+
+        fronts.append(MetricsFront(*parse_address(metrics, "127.0.0.1:9070")))
+    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, keys=keys, fronts=fronts)
 
 
 @app.command()
@@ -224,7 +237,7 @@ def link(
 def device(
     bundle: BundleOption,
     source: Annotated[str, typer.Option("--source", help="an image, a folder, a video, a camera (/dev/video0), an URL (rtsp://...), or stdin: JPEG images")],
-    edge: Annotated[str | None, typer.Option("--edge", metavar="HOST:PORT", help="left out: everything runs here")] = None,
+    edge: Annotated[str | None, typer.Option("--edge", metavar="[grpc://]HOST:PORT", help="left out: everything runs here")] = None,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     point: Annotated[int, typer.Option(min=0, help="operating point, 0 the most accurate; only a multi-rate bundle has several")] = 0,
     deadline: Annotated[float, typer.Option("--deadline", metavar="MS", help="an image that the edge has not answered by then is classified here")] = 1000,
@@ -255,7 +268,8 @@ def main() -> None:
     except CoinferError as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        _fail(f"this command needs the package {error.name}, which is not installed; install the training extra: pip install 'coinfer[train]'.", 1)
+        extra = "edge" if str(error.name).partition(".")[0] in EDGE_EXTRA else "train"
+        _fail(f"this command needs the package {error.name}, which is not installed; install the {extra} extra: pip install 'coinfer[{extra}]'.", 1)
 
 
 def _fail(message: str, code: int) -> Any:

@@ -42,6 +42,7 @@ class EdgeKeys:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._tokens = folder / TOKENS
         self.context = _context(folder, ssl.PROTOCOL_TLS_SERVER)
         self.context.num_tickets = 0  # a connection lasts; a ticket would only be bytes
@@ -50,6 +51,10 @@ class EdgeKeys:
             self._names = token_names(self._tokens)
         except (OSError, UnicodeDecodeError) as error:
             raise _unusable(self._tokens, error) from error
+
+    def pems(self) -> tuple[bytes, bytes, bytes]:
+        """Key, certificate and authority, for who makes no use of `context`."""
+        return _pems(self._folder)
 
     def refuses(self, hello: Hello | None) -> str | None:
         """Why a client that said this (None: nothing) may not ask; None if it may."""
@@ -80,6 +85,7 @@ class DeviceKeys:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.context = _context(folder, ssl.PROTOCOL_TLS_CLIENT)
         try:
             self.device, _, self.token = (folder / TOKEN).read_text().strip().partition(" ")
@@ -87,6 +93,10 @@ class DeviceKeys:
             raise _unusable(folder / TOKEN, error) from error
         if not (DEVICE_NAME.fullmatch(self.device) and re.fullmatch(r"[!-~]+", self.token)):
             raise KeysError(f"{folder / TOKEN} holds no line NAME TOKEN; make the keys again with `coinfer keys`.")
+
+    def pems(self) -> tuple[bytes, bytes, bytes]:
+        """Key, certificate and authority, for who makes no use of `context`."""
+        return _pems(self._folder)
 
 
 def edge_keys(folder: Path | None, host: str) -> EdgeKeys | None:
@@ -111,6 +121,17 @@ def device_keys(folder: Path | None, host: str) -> DeviceKeys | None:
     return DeviceKeys(folder) if folder else None
 
 
+def _pems(folder: Path) -> tuple[bytes, bytes, bytes]:
+    found = []
+    for name in (KEY, CERTIFICATE, AUTHORITY):
+        try:
+            found.append((folder / name).read_bytes())
+        except OSError as error:
+            raise _unusable(folder / name, error) from error
+    key, certificate, authority = found
+    return key, certificate, authority
+
+
 def token_names(path: Path) -> dict[str, str]:
     """Device by digest, of the edge's `tokens`.
 
@@ -131,11 +152,7 @@ def _context(folder: Path, protocol: ssl._SSLMethod) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
-    for name in (CERTIFICATE, KEY, AUTHORITY):
-        try:
-            (folder / name).read_bytes()
-        except OSError as error:
-            raise _unusable(folder / name, error) from error
+    _pems(folder)
     try:
         context.load_cert_chain(folder / CERTIFICATE, folder / KEY, password=lambda: b"")  # or it would be asked for on the terminal
         context.load_verify_locations(folder / AUTHORITY)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -24,6 +25,8 @@ HEAD_BYTES = _HEAD.size
 MAX_BYTES = 2048
 DEVICE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 
+_TOKEN, _BEARER = "authorization", "Bearer "
+_PREFIX, _TOLD = "coinfer-", ("device", "version", "alone")
 _ID = re.compile(rf"([0-9a-f]{{{2 * BUNDLE_ID_BYTES}}})?")
 
 
@@ -63,7 +66,45 @@ class Hello:
             found = json.loads(data[HEAD_BYTES:])
         except (ValueError, RecursionError) as error:
             raise FrameError(f"hello cannot be read ({error}); the sender is not coinfer.") from error
-        return cls(**_checked(found))
+        return cls.checked(found)
+
+    @classmethod
+    def checked(cls, found: Any) -> Hello:
+        """One with the fields in the object `found`, those that are unknown left out: a later version may say more.
+
+        Raises:
+            FrameError: `found` is no object, or a field is not what it should be.
+        """
+        if not isinstance(found, dict):
+            raise FrameError("hello is no JSON object; the sender is not coinfer.")
+        known = {field.name: found[field.name] for field in fields(cls) if field.name in found}
+        for name, value in known.items():
+            if type(value) is not type(getattr(cls, name)) or (name == "alone" and not 0 <= value < 1 << 40):
+                raise FrameError(f"hello says {name} {str(value)[:40]!r}; the sender is of another version.")
+        if known.get("device") and not DEVICE_NAME.fullmatch(known["device"]):
+            raise FrameError(f"device is called {known['device'][:80]!r}; give a name of up to 64 letters, digits and _.-")
+        if not _ID.fullmatch(known.get("compact", "")):
+            raise FrameError(f"hello says bundle {known['compact'][:40]!r}; the sender is of another version.")
+        return cls(**known)
+
+    def to_metadata(self) -> list[tuple[str, str]]:
+        """What says the same, but for `compact`, in the headers of a gRPC call."""
+        said = {_TOKEN: self.token and f"{_BEARER}{self.token}", **{f"{_PREFIX}{name}": str(getattr(self, name) or "") for name in _TOLD}}
+        return [(key, value) for key, value in said.items() if value]
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Hello:
+        """Open what `to_metadata` made, or nothing at all.
+
+        Raises:
+            FrameError: it is anything else.
+        """
+        found: dict[str, Any] = {name: metadata[key] for name in _TOLD if (key := f"{_PREFIX}{name}") in metadata}
+        if "alone" in found:
+            found["alone"] = int(found["alone"]) if found["alone"].isdecimal() and len(found["alone"]) < 16 else -1
+        if (token := metadata.get(_TOKEN, "")).startswith(_BEARER):
+            found["token"] = token.removeprefix(_BEARER)
+        return cls.checked(found)
 
     @property
     def bundle_id(self) -> bytes:
@@ -83,18 +124,3 @@ def hello_bytes(head: bytes) -> int:
     if magic != HELLO_1 or length > MAX_BYTES:
         raise FrameError(f"hello of {length} bytes is too long; the sender is not coinfer or is of another version.")
     return HEAD_BYTES + int(length)
-
-
-def _checked(found: Any) -> dict[str, Any]:
-    """The fields that are known, each of its type; a later version may say more."""
-    if not isinstance(found, dict):
-        raise FrameError("hello is no JSON object; the sender is not coinfer.")
-    known = {field.name: found[field.name] for field in fields(Hello) if field.name in found}
-    for name, value in known.items():
-        if type(value) is not type(getattr(Hello, name)) or (name == "alone" and not 0 <= value < 1 << 40):
-            raise FrameError(f"hello says {name} {str(value)[:40]!r}; the sender is of another version.")
-    if known.get("device") and not DEVICE_NAME.fullmatch(known["device"]):
-        raise FrameError(f"device is called {known['device'][:80]!r}; give a name of up to 64 letters, digits and _.-")
-    if not _ID.fullmatch(known.get("compact", "")):
-        raise FrameError(f"hello says bundle {known['compact'][:40]!r}; the sender is of another version.")
-    return known

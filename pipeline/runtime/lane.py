@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CoinferError
-from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.edge import Asked, EdgeHalf
 from pipeline.runtime.tally import Refusal, Tally
 
 BUSY = "the edge is busy; try again later."
+FAILED = "the edge half failed"
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Batching:
 
 @dataclass
 class Job:
-    """A frame, whom to tell its reply, whether somebody still waits for that, and when it came (s, `time.perf_counter`)."""
+    """A frame or symbols, whom to tell the reply, whether somebody still waits for that, and when it came (s, `time.perf_counter`)."""
 
-    frame: bytes
+    frame: Asked
     done: Callable[[bytes], None]
     wanted: Callable[[], bool]
     came_s: float = field(default_factory=time.perf_counter)
@@ -61,6 +62,10 @@ class Lane:
         self._thread.start()
 
     @property
+    def half(self) -> EdgeHalf:
+        return self._half
+
+    @property
     def waiting(self) -> int:
         return self._queue.qsize()
 
@@ -86,7 +91,7 @@ class Lane:
             try:
                 replies = self._answers(jobs)
             except Exception as error:  # ONNX Runtime raises its own unrelated classes; the next batch may do better
-                replies = [self._refusal(Refusal.FAILED, f"the edge half failed ({error!r}); look at the edge.") for _ in jobs]
+                replies = [self._refusal(Refusal.FAILED, f"{FAILED} ({error!r}); look at the edge.") for _ in jobs]
             self._deliver(list(zip(jobs, replies, strict=True)))
 
     def _answers(self, jobs: Sequence[Job]) -> list[bytes]:

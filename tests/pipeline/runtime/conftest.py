@@ -97,11 +97,11 @@ def picture() -> np.ndarray:
 
 @pytest.fixture
 def run():
-    """run(bundle or folder, batching=, limits=, slowdown=, keys=) -> Running, drained with the test."""
+    """run(bundle or folder, batching=, limits=, slowdown=, keys=, fronts=) -> Running, drained with the test."""
     ends = []
 
-    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0, keys=None) -> Running:  # noqa: B008
-        server, ports, known = EdgeServer(batching, limits, EdgeKeys(keys) if keys else None), [], threading.Event()
+    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0, keys=None, fronts=()) -> Running:  # noqa: B008
+        server, ports, known = EdgeServer(batching, limits, EdgeKeys(keys) if keys else None, fronts), [], threading.Event()
         shelf = Shelf(getattr(path, "path", path), slowdown=slowdown)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(shelf, "127.0.0.1", 0, lambda port: (ports.append(port), known.set()), ())))
         thread.start()
