@@ -268,8 +268,8 @@ def main() -> None:
     except CoinferError as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        extra = "edge" if str(error.name).partition(".")[0] in EDGE_EXTRA else "train"
-        _fail(f"this command needs the package {error.name}, which is not installed; install the {extra} extra: pip install 'coinfer[{extra}]'.", 1)
+        name, extra = ("edge", "edge") if str(error.name).partition(".")[0] in EDGE_EXTRA else ("training", "train")
+        _fail(f"this command needs the package {error.name}, which is not installed; install the {name} extra: pip install 'coinfer[{extra}]'.", 1)
 
 
 def _fail(message: str, code: int) -> Any:

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
-from pipeline.errors import CoinferError, FrameError, ParamsError
+from pipeline.errors import CoinferError, FrameError
 from pipeline.runtime import oip
 from pipeline.runtime.device import DeviceHalf
 from pipeline.runtime.dial import dial
@@ -199,6 +199,8 @@ def test_frames_and_symbols_of_a_bundle_run_together(serve, make_bundle):
         assert np.allclose(found(future.result()), np.repeat(expected(bundle, [frame]), count, 0), atol=1e-5)
     assert too_high.code() is CODES.INVALID_ARGUMENT
     assert "those of this bundle to 7" in too_high.details()
+    with pytest.raises(FrameError, match="nothing that this split bundle takes"):
+        EdgeHalf(bundle).open(symbols[:, :1])
 
 
 def test_typed_contents_are_answered_by_typed_contents(serve, make_bundle):
@@ -245,6 +247,23 @@ def test_what_is_no_request_for_the_model_is_refused_with_a_reason(serve, make_b
     assert refused(garbage) == (CODES.INVALID_ARGUMENT, "request of 100 bytes is no ModelInferRequest; check the client's version of the protocol.")
     assert client.channel.unary_unary("/inference.GRPCInferenceService/ModelStreamInfer").future(b"", timeout=10).code() is CODES.UNIMPLEMENTED
     assert np.allclose(found(client.infer(request_for(bundle, frame)).result()), expected(bundle, [frame]), atol=1e-5)
+
+
+def test_no_request_whatever_is_in_it_makes_the_edge_fail(serve, make_bundle):
+    bundle = make_bundle()
+    _, client = serve(bundle, limits=Limits(per_second=1e9))
+    infer, random = client.channel.unary_unary(oip.path("ModelInfer")), np.random.default_rng(0)
+    [frame] = frames_of(bundle, 1)
+    requests = [request_for(bundle, frame), request_for(bundle, frame, frame, typed=True), symbols_for(bundle, np.zeros((1, 2, 4, 4)))]
+    codes = set()
+    for number in range(600):
+        data = bytearray(requests[number % 3].SerializeToString())
+        for place in random.integers(0, len(data), random.integers(1, 4)):
+            data[place] ^= 1 << random.integers(8)
+        if number % 4 == 0:
+            del data[random.integers(len(data)) :]
+        codes.add(infer.future(bytes(data), timeout=20).code())
+    assert codes == {CODES.OK, CODES.INVALID_ARGUMENT, CODES.NOT_FOUND}
 
 
 def test_a_full_queue_is_resource_exhausted_at_once_and_the_device_hears_why(serve, make_bundle, gate, picture):
@@ -553,13 +572,3 @@ for arguments in (["edge", "--grpc-port", "0"], ["device", "--edge", "grpc://127
     done = subprocess.run([sys.executable, "-c", code, str(make_bundle().path)], capture_output=True, text=True, timeout=60, check=False)
     sentence = "coinfer: this command needs the package grpc, which is not installed; install the edge extra: pip install 'coinfer[edge]'.\n"
     assert (done.returncode, done.stderr) == (0, 2 * sentence)
-
-
-def test_the_address_says_which_transport():
-    transport = dial("tcp://127.0.0.1:7070")
-    assert isinstance(transport, TcpTransport)
-    assert isinstance(dial("127.0.0.1:7070"), TcpTransport)
-    assert isinstance(dial("grpc://127.0.0.1:8001"), GrpcTransport)
-    for address, reason in [("http://edge:1", "neither tcp nor grpc"), ("grpc://edge", "is not HOST:PORT"), ("grpc://", "is not HOST:PORT")]:
-        with pytest.raises(ParamsError, match=reason):
-            dial(address)
