@@ -13,12 +13,16 @@ from onnx import TensorProto, helper, numpy_helper
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, FILES, Bundle, write_bundle
 from pipeline.runtime.coder import build_tables
 from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.grpc_front import GrpcFront
 from pipeline.runtime.guard import EdgeKeys
+from pipeline.runtime.hello import Hello
 from pipeline.runtime.keymaking import make_keys
 from pipeline.runtime.lane import Batching
 from pipeline.runtime.preprocess import Preprocessing
 from pipeline.runtime.server import EdgeServer, Limits
 from pipeline.runtime.shelf import Shelf
+from tests.pipeline.runtime.calls import Client
+from tests.pipeline.runtime.foreign import Foreign
 from tests.pipeline.runtime.serving import Gate, Running
 
 SIZE, CODE, BITS, CLASSES = 8, (2, 4, 4), 3, ["ant", "bee", "cat"]
@@ -115,6 +119,28 @@ def run():
             server.loop.call_soon_threadsafe(server.stop)
         thread.join(10)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve(run):
+    """serve(bundle, device=, hello=, ...) -> Running and a Client, which has the keys of `device`"""
+    clients = []
+
+    def start(bundle, device=None, hello=Hello(), **options):  # noqa: B008
+        ports = []
+        running = run(bundle, fronts=[GrpcFront("127.0.0.1", 0, announce=ports.append)], **options)
+        clients.append(Client(ports[0], device, hello))
+        running.grpc_port = ports[0]
+        return running, clients[-1]
+
+    yield start
+    for client in clients:
+        client.channel.close()
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    return Foreign(tmp_path_factory.mktemp("foreign") / "environment")
 
 
 @pytest.fixture

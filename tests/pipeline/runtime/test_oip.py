@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import FrameError
 from pipeline.runtime import oip
-from tests.pipeline.runtime.foreign import DESCRIPTOR, Foreign
+from tests.pipeline.runtime.foreign import DESCRIPTOR
 
 TENSOR = oip.message("ModelInferRequest.InferInputTensor")
 
@@ -24,8 +24,8 @@ def fields(messages, prefix: str = "") -> dict[str, list[tuple]]:
     return found
 
 
-def test_the_messages_are_the_published_ones(tmp_path):
-    published = FileDescriptorProto.FromString(Foreign(tmp_path / "environment").output(DESCRIPTOR))
+def test_the_messages_are_the_published_ones(foreign):
+    published = FileDescriptorProto.FromString(foreign.output(DESCRIPTOR))
     ours = FileDescriptorProto()
     oip.ModelInferRequest.DESCRIPTOR.file.CopyToProto(ours)
     theirs = fields(published.message_type)

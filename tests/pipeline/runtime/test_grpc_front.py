@@ -1,11 +1,9 @@
-"""The edge over gRPC, as any client of the Open Inference Protocol sees it, and our device at any server of that protocol."""
+"""The edge over gRPC, as any client of the Open Inference Protocol sees it."""
 
 import contextlib
-import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import grpc
@@ -15,104 +13,19 @@ import pytest
 from pipeline.errors import CoinferError, FrameError
 from pipeline.runtime import oip
 from pipeline.runtime.device import DeviceHalf
-from pipeline.runtime.dial import dial
 from pipeline.runtime.edge import EdgeHalf
-from pipeline.runtime.fallback import LONGEST_PAUSE_S, Fallback
+from pipeline.runtime.fallback import Fallback
 from pipeline.runtime.frame import Kind, pack
 from pipeline.runtime.grpc_front import GrpcFront
 from pipeline.runtime.grpc_transport import GrpcTransport
 from pipeline.runtime.guard import DeviceKeys
 from pipeline.runtime.hello import Hello
-from pipeline.runtime.keymaking import make_keys
 from pipeline.runtime.lane import Batching
 from pipeline.runtime.server import Limits
 from pipeline.runtime.server import serve as serve_edge
-from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTransport
-from tests.pipeline.runtime.foreign import SERVER, Foreign
+from pipeline.runtime.transport import EdgeUnreachable, TcpTransport
+from tests.pipeline.runtime.calls import CODES, expected, found, refused, request_for, symbols_for
 from tests.pipeline.runtime.serving import RUN, eventually, frames_of, logits, said
-
-CODES = grpc.StatusCode
-
-
-class Client:
-    """Calls methods with messages; `infer` may be asked for a future."""
-
-    def __init__(self, port: int, keys=None, hello=Hello()) -> None:  # noqa: B008
-        address = f"127.0.0.1:{port}"
-        key, certificate, authority = keys.pems() if keys else (None, None, None)
-        self.channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, certificate)) if keys else grpc.insecure_channel(address)
-        self.metadata = hello.to_metadata()
-
-    def method(self, name: str):
-        return self.channel.unary_unary(oip.path(name), lambda message: message.SerializeToString(), oip.message(f"{name}Response").FromString)
-
-    def call(self, method: str, **fields):
-        return self.method(method)(oip.message(f"{method}Request")(**fields), timeout=20, metadata=self.metadata)
-
-    def infer(self, request, timeout_s: float = 20):
-        return self.method("ModelInfer").future(request, timeout=timeout_s, metadata=self.metadata)
-
-
-@pytest.fixture
-def serve(run):
-    """serve(bundle, device=, hello=, ...) -> Running and a Client, which has the keys of `device`"""
-    clients = []
-
-    def start(bundle, device=None, hello=Hello(), **options):  # noqa: B008
-        ports = []
-        running = run(bundle, fronts=[GrpcFront("127.0.0.1", 0, announce=ports.append)], **options)
-        clients.append(Client(ports[0], device, hello))
-        running.grpc_port = ports[0]
-        return running, clients[-1]
-
-    yield start
-    for client in clients:
-        client.channel.close()
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    return Foreign(tmp_path_factory.mktemp("foreign") / "environment")
-
-
-def request_for(bundle, *frames: bytes, typed=False, **changes):
-    tensor = {"name": "frame", "datatype": "BYTES", "shape": [len(frames), 1]} | ({"contents": {"bytes_contents": frames}} if typed else {})
-    fields = {"model_name": oip.model_name(bundle.bundle_id), "inputs": [tensor], "raw_input_contents": [] if typed else [oip.raw_elements(frames)]}
-    return oip.ModelInferRequest(**fields | changes)
-
-
-def symbols_for(bundle, symbols: np.ndarray):
-    tensor = {"name": "symbols", "datatype": "UINT8", "shape": symbols.shape}
-    return oip.ModelInferRequest(model_name=oip.edge_model_name(bundle.bundle_id), inputs=[tensor], raw_input_contents=[symbols.astype(np.uint8).tobytes()])
-
-
-def found(answer) -> np.ndarray:
-    (output,) = answer.outputs
-    values = np.frombuffer(answer.raw_output_contents[0], "<f4") if answer.raw_output_contents else np.array(output.contents.fp32_contents, np.float32)
-    return values.reshape(tuple(output.shape))
-
-
-def expected(bundle, frames) -> np.ndarray:
-    return np.array([logits(EdgeHalf(bundle).handle(frame)[0]) for frame in frames])
-
-
-def refused(future) -> tuple[grpc.StatusCode, str]:
-    return future.code(), future.details()
-
-
-@pytest.mark.parametrize("kind", ["split", "edge-only"])
-def test_a_device_over_grpc_gets_what_the_edge_half_gives(serve, make_bundle, picture, kind):
-    bundle = make_bundle(kind)
-    running, _ = serve(bundle)
-    transport = dial(f"grpc://127.0.0.1:{running.grpc_port}")
-    near, far = (DeviceHalf(bundle).classify(picture, each) for each in (LoopbackTransport(EdgeHalf(bundle)), transport))
-    transport.close()
-    assert np.array_equal(near.logits, far.logits)
-    assert near.path == far.path
-    assert near.frame_bytes < far.frame_bytes <= near.frame_bytes + 60
-    assert far.parts["decode_ms"] > 0
-    assert far.parts["edge_ms"] > 0
-    assert far.parts["link_ms"] > 0
 
 
 def test_a_client_that_knows_nothing_of_us_finds_and_asks_our_edge(serve, make_bundle, foreign):
@@ -134,43 +47,6 @@ def test_a_client_that_knows_nothing_of_us_finds_and_asks_our_edge(serve, make_b
     assert saw["unknown"] == ["StatusCode.NOT_FOUND", f"model 'resnet' is not served; this edge has {model}, {edge_model}."]
     assert saw["damaged"][0] == "StatusCode.INVALID_ARGUMENT"
     assert "is damaged, its checksum does not match" in saw["damaged"][1]
-
-
-def test_a_device_asks_a_server_that_knows_nothing_of_us(make_bundle, picture, foreign):
-    bundle = make_bundle()
-    device = DeviceHalf(bundle)
-    frame, _ = device.run(picture)
-    with foreign.popen(SERVER) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        answers = {frame.hex(): expected(bundle, [frame])[0].tolist()}
-        print(json.dumps([oip.model_name(bundle.bundle_id), answers]), file=server.stdin, flush=True)
-        port = int(server.stdout.readline())
-
-        def ask(way: str):
-            with contextlib.closing(GrpcTransport("127.0.0.1", port, hello=Hello(way))) as transport:
-                return device.classify(picture, transport)
-
-        for way in ("raw", "typed"):
-            answer = ask(way)
-            assert np.array_equal(answer.logits, expected(bundle, [frame])[0])
-            assert (answer.parts["decode_ms"], answer.parts["edge_ms"]) == (0, 0)
-        for way, reason in [
-            ("nameless", "no logits"),
-            ("half", "is FP16, not FP32"),
-            ("short", r"holds 1\.5 numbers"),
-            ("few", "1 raw contents for 2 outputs"),
-            ("late", "cannot be"),
-            ("RESOURCE_EXHAUSTED", "the edge refused: so RESOURCE_EXHAUSTED it is"),
-            ("UNAUTHENTICATED", "the edge refused: so UNAUTHENTICATED it is"),
-            ("INTERNAL", "the edge refused: so INTERNAL it is"),
-        ]:
-            with pytest.raises(FrameError, match=reason):
-                ask(way)
-        with pytest.raises(EdgeUnreachable, match="so UNAVAILABLE it is"):
-            ask("UNAVAILABLE")
-        print(file=server.stdin, flush=True)
-        assert server.wait(10) == 0
 
 
 def test_the_elements_of_a_request_run_together_and_are_answered_in_their_order(serve, make_bundle, gate):
@@ -338,6 +214,25 @@ def test_more_calls_at_once_than_the_limit_are_refused(serve, make_bundle, gate)
         call.result()
 
 
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # settings, none of them changed
+
+
+@pytest.mark.parametrize(("limits", "says"), [(Limits(partial_s=0.2), b""), (Limits(idle_s=0.2), HELLO)], ids=["at all", "more"])
+def test_a_connection_that_says_nothing_is_closed(serve, make_bundle, limits, says):
+    running, _ = serve(make_bundle(), limits=limits)
+    with socket.create_connection(("127.0.0.1", running.grpc_port), 10) as connection:
+        connection.sendall(says)
+        while connection.recv(1 << 16):  # the edge's own settings, and its end
+            pass
+
+
+def test_more_connections_than_the_limit_are_closed(serve, make_bundle):
+    running, _ = serve(make_bundle(), limits=Limits(connections=2))
+    with contextlib.ExitStack() as stack:
+        first, second, third = (stack.enter_context(socket.create_connection(("127.0.0.1", running.grpc_port), 10)) for _ in range(3))
+        assert (bool(first.recv(1)), bool(second.recv(1)), third.recv(1)) == (True, True, b"")
+
+
 def test_a_call_that_is_given_up_is_not_run(serve, make_bundle, gate):
     bundle = make_bundle()
     running, client = serve(bundle, batching=Batching(1))
@@ -425,82 +320,6 @@ def test_an_edge_that_is_told_twice_to_stop_stops_at_once(serve, make_bundle, ga
     gate.is_open.set()
 
 
-@contextlib.contextmanager
-def edge_command(bundle, grpc_port: int):
-    """`coinfer edge` with gRPC at that port, or a free one; yields the port."""
-    command = [sys.executable, "-m", "pipeline.cli", "edge", "--bundle", str(bundle.path), "--port", "0", "--grpc-port", str(grpc_port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as edge:
-        try:
-            assert edge.stdout is not None
-            assert edge.stderr is not None
-            lines = sorted(edge.stdout.readline() for _ in range(2))
-            assert lines[1].endswith("for gRPC\n") or lines[0].endswith("for gRPC\n")
-            yield int(next(line for line in lines if "gRPC" in line).split()[4])
-            edge.terminate()
-            assert edge.wait(20) == 0
-            assert edge.stderr.read() == ""
-        finally:
-            edge.kill()
-
-
-def test_an_edge_that_restarts_is_not_noticed_and_one_that_went_and_came_back_is_used_again(make_bundle, picture):
-    bundle, seconds = make_bundle(), [100.0]
-    with edge_command(bundle, 0) as port:
-        transport = dial(f"grpc://127.0.0.1:{port}")
-        fallback = Fallback(DeviceHalf(bundle), transport, 20_000, now_s=lambda: seconds[0])
-        assert fallback.classify(picture)[1] is None
-    with edge_command(bundle, port):
-        answer, why = fallback.classify(picture)
-        assert (answer.path, why) == ("split", None)
-    for _ in range(3):
-        answer, why = fallback.classify(picture)
-        assert (answer.path, f"edge grpc://127.0.0.1:{port} does not answer" in str(why)) == ("device-only", True)
-        seconds[0] += LONGEST_PAUSE_S
-    with edge_command(bundle, port):
-        answer, why = fallback.classify(picture)
-        assert (answer.path, why) == ("split", None)
-    transport.close()
-
-
-@pytest.mark.parametrize(
-    ("says", "deadline_ms", "reason"),
-    [(b"", 300, "timed out"), (b"HTTP/1.1 400 Bad Request\r\n\r\n", 20_000, "does not answer"), (None, 20_000, "does not answer")],
-)
-def test_an_edge_that_says_nothing_or_something_else_is_a_reason_to_answer_alone(make_bundle, picture, says, deadline_ms, reason):
-    """None: it hangs up."""
-    bundle, connections = make_bundle(), []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def talk() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = server.accept()
-                    connections.append(connection)
-                    connection.recv(1)
-                    if says:
-                        connection.sendall(says)
-                    if says is None:
-                        connection.close()
-
-        thread = threading.Thread(target=talk, daemon=True)
-        thread.start()
-        transport = GrpcTransport("127.0.0.1", server.getsockname()[1])
-        answer, why = Fallback(DeviceHalf(bundle), transport, deadline_ms).classify(picture)
-        transport.close()
-        server.shutdown(socket.SHUT_RDWR)
-    for connection in connections:
-        connection.close()
-    assert answer.path == "device-only"
-    assert reason in str(why)
-
-
-def test_the_port_of_frames_over_tcp_is_no_grpc_and_the_device_says_so(run, make_bundle):
-    bundle = make_bundle()
-    [frame] = frames_of(bundle, 1)
-    with contextlib.closing(GrpcTransport("127.0.0.1", run(bundle).port)) as transport, pytest.raises(EdgeUnreachable):
-        transport.request(frame, 5)
-
-
 def test_who_shows_no_token_is_told_why_and_finds_out_nothing(serve, make_bundle, key_folder):
     bundle, ant = make_bundle(), DeviceKeys(key_folder / "ant")
     running, client = serve(bundle, device=ant, hello=Hello("bee", token=ant.token), keys=key_folder / "edge")
@@ -512,33 +331,6 @@ def test_who_shows_no_token_is_told_why_and_finds_out_nothing(serve, make_bundle
     assert code == CODES.UNAUTHENTICATED
     assert "token is ant's" in why
     assert (running.server.tally.refusals["keys"], running.server.tally.served) == (4, {})
-
-
-def test_a_device_with_its_keys_is_answered_and_known(serve, make_bundle, key_folder):
-    bundle = make_bundle()
-    running, _ = serve(bundle, keys=key_folder / "edge")
-    [frame] = frames_of(bundle, 1)
-    with contextlib.closing(dial(f"grpc://127.0.0.1:{running.grpc_port}", key_folder / "ant")) as transport:
-        transport.alone = 2
-        for _ in range(3):
-            assert np.allclose(logits(transport.request(frame)), expected(bundle, [frame]), atol=1e-5)
-        assert transport.message_bytes(frame) > len(frame)
-    known = running.server.tally.devices["ant"]
-    assert (known.answered, known.alone) == (3, 2)
-
-
-def test_certificates_are_asked_for_and_checked_on_both_sides(serve, make_bundle, key_folder, tmp_path):
-    bundle = make_bundle()
-    running, _ = serve(bundle, keys=key_folder / "edge")
-    [frame] = frames_of(bundle, 1)
-    make_keys(tmp_path / "other", ["edge.example"], ["ant"])
-    (tmp_path / "trusting").mkdir()
-    for path in (tmp_path / "other/ant/tls.crt", tmp_path / "other/ant/tls.key", tmp_path / "other/ant/token", key_folder / "ca.crt"):
-        (tmp_path / "trusting" / path.name).write_bytes(path.read_bytes())
-    for keys in (tmp_path / "other/ant", tmp_path / "trusting", None):
-        with contextlib.closing(dial(f"grpc://127.0.0.1:{running.grpc_port}", keys)) as transport, pytest.raises(EdgeUnreachable):
-            transport.request(frame, 5)
-    assert not running.server.tally.served
 
 
 @pytest.mark.parametrize("metadata", [{"coinfer-device": "two words"}, {"coinfer-device": "ant", "coinfer-alone": "-1"}, {"coinfer-alone": "9" * 40}])
