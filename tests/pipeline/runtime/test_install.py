@@ -39,7 +39,8 @@ def photos(tmp_path):
 
 
 def device(python: Path, bundle, source, *options, cwd: Path, **streams) -> subprocess.Popen:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}  # nor without bytecode
+    left_out = ("PYTHON", "XDG_", "ORT_", "CI")  # so that it is a user's environment, with bytecode, and reports home if ever it does
+    env = {name: value for name, value in os.environ.items() if not name.startswith(left_out)} | {"HOME": str(cwd / "home")}
     command = [python.with_name("coinfer"), "device", "--bundle", bundle.path, "--source", source, *options]
     return subprocess.Popen(command, cwd=cwd, env=env, **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams))
 
@@ -62,6 +63,7 @@ def test_it_classifies_as_the_checkout_does(python, make_bundle, photos, tmp_pat
     assert told(records(python, bundle, photos, cwd=tmp_path)) == alone
     with edge_program([python.with_name("coinfer")], bundle.path) as address:
         assert told(records(python, bundle, photos, "--edge", address, "--deadline", "60000", cwd=tmp_path)) == split
+    assert not (tmp_path / "home").exists(), "something keeps a device id there"
 
 
 def test_it_has_the_coder_that_the_checkout_has_and_without_a_compiler_the_one_in_python(python, make_bundle, photos, tmp_path):
