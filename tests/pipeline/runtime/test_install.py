@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ CODER = "import importlib.util as there; assert not there.find_spec('torch'); fr
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("install")
-    uv("venv", folder / "env")
+    uv("venv", "--python", sys.executable, folder / "env")
     python = folder / "env/bin/python"
     uv("pip", "install", "--python", python, build_wheel(folder / "wheel"))
     return python
@@ -71,7 +72,7 @@ def test_it_has_the_coder_that_the_checkout_has_and_without_a_compiler_the_one_i
         return subprocess.run([there, "-c", CODER], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
     assert has_c(python) == str(HAVE_C)
-    uv("venv", tmp_path / "env")
+    uv("venv", "--python", sys.executable, tmp_path / "env")
     bare = tmp_path / "env/bin/python"
     uv("pip", "install", "--python", bare, build_wheel(tmp_path / "wheel", CC="false"))
     assert has_c(bare) == "False"
