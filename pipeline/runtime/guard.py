@@ -166,7 +166,7 @@ def _print(path: Path) -> Print | None:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_ctime_ns, found.st_size, found.st_ino  # the time tells of new permissions too
 
 
 def _unusable(path: Path, error: Exception) -> KeysError:

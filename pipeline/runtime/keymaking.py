@@ -104,9 +104,13 @@ def _builder(name: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509
 
 def _general_name(name: str) -> x509.GeneralName:
     try:
-        return x509.IPAddress(ipaddress.ip_address(name))
+        address = ipaddress.ip_address(name)
     except ValueError:
         pass
+    else:
+        if address.is_unspecified:
+            raise KeysError(f"{name} is where an edge listens, not where devices reach it; give a name or address of its machine.")
+        return x509.IPAddress(address)
     try:
         ascii_name = name.encode("idna").decode()
     except UnicodeError:

@@ -18,7 +18,8 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pipeline.errors import CoinferError
+from pipeline.errors import CoinferError, KeysError
+from pipeline.runtime.guard import is_loopback
 from pipeline.runtime.tally import Histogram
 
 if TYPE_CHECKING:
@@ -122,8 +123,11 @@ class MetricsFront:
 
     async def start(self, server: EdgeServer) -> None:
         """Raises:
+        KeysError: the server has no keys, and the address is no loopback address.
         CoinferError: the address cannot be bound.
         """
+        if not server.keys and not is_loopback(self._address[0]):
+            raise KeysError(f"metrics on {self._address[0]} are reached from other machines, which needs keys; give --keys, or serve them on 127.0.0.1.")
         self._edge = server
         registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):

@@ -144,6 +144,16 @@ def test_broken_tokens_change_nothing_until_they_are_mended(key_folder, capsys):
     assert keys.refuses(hello) is not None
 
 
+def test_tokens_are_read_again_even_where_size_and_date_are_as_before(key_folder):
+    keys, ant = EdgeKeys(key_folder / "edge"), DeviceKeys(key_folder / "ant")
+    hello, tokens = Hello("ant", token=ant.token), key_folder / "edge/tokens"
+    assert keys.refuses(hello) is None
+    before = tokens.stat()
+    tokens.write_text(tokens.read_text().replace("ant", "eel"))
+    os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert keys.refuses(hello) is not None
+
+
 def test_a_client_that_never_shakes_hands_is_let_go(run, bundle, key_folder, monkeypatch):
     monkeypatch.setattr("pipeline.runtime.server.HANDSHAKE_S", 0.2)
     with run(bundle, keys=key_folder / "edge").connect() as connection, contextlib.suppress(ConnectionResetError):
@@ -251,6 +261,8 @@ def test_keys_are_added_to_what_is_there(key_folder):
         ([], ["ant"], "no keys of an edge yet"),
         (["edge.example:7070"], ["ant"], "no name or address"),
         (["a" * 70 + ".example"], [], "no name or address"),
+        (["0.0.0.0"], ["ant"], "where an edge listens"),
+        (["edge.example", "::"], ["ant"], "where an edge listens"),
         (["edge.example"], ["two words"], "cannot be called"),
         (["edge.example"], ["../ant"], "cannot be called"),
         (["edge.example"], ["edge"], "cannot be called"),

@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.errors import CoinferError
+from pipeline.errors import CoinferError, KeysError
 from pipeline.runtime.frame import Kind, pack
 from pipeline.runtime.hello import Hello
 from pipeline.runtime.metrics import MetricsFront
@@ -122,6 +122,11 @@ def test_with_keys_only_who_belongs_may_watch(run, make_bundle, watch, key_folde
         watch(running, context)("/metrics")
     context.load_cert_chain(key_folder / "ant/tls.crt", key_folder / "ant/tls.key")
     assert "coinfer_ready 1.0" in watch(running, context)("/metrics")
+
+
+def test_other_machines_watch_only_with_keys(run, make_bundle):
+    with pytest.raises(KeysError, match=r"metrics on 0\.0\.0\.0 are reached from other machines"):
+        asyncio.run(MetricsFront("0.0.0.0", 0).start(run(make_bundle()).server))
 
 
 def test_devices_that_make_up_names_fill_no_memory(run, make_bundle, watch, monkeypatch):
