@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,6 +170,7 @@ def edge(
     max_per_second: Annotated[float, typer.Option(min=1, help="frames of one device, on average; without keys, of one address")] = 1000,
     keys: KeysOption = None,
     metrics: Annotated[str | None, typer.Option("--metrics", metavar="HOST:PORT", help="serve /metrics (Prometheus), /livez and /readyz there")] = None,
+    log_mlflow: Annotated[bool, typer.Option("--log-mlflow", help="at the end log what was served as a run of MLflow (MLFLOW_TRACKING_URI)")] = False,
 ) -> None:
     """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP and gRPC."""
     from pipeline.runtime.address import parse_address
@@ -184,8 +186,16 @@ def edge(
     if metrics is not None:
         from pipeline.runtime.metrics import MetricsFront
 
-        fronts.append(MetricsFront(*parse_address(metrics, "127.0.0.1:9070")))
-    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, keys=keys, fronts=fronts)
+        fronts.append(MetricsFront(*parse_address(metrics, "127.0.0.1:9070", least=0)))
+    run = partial(serve, bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, keys=keys, fronts=fronts)
+    if log_mlflow:
+        from pipeline.serving import log_serving
+        from pipeline.tracking import new_run
+
+        with new_run("serve", {"stage": "serve"}) as tracker:  # opened first, or what was counted might have nowhere to go
+            log_serving(run(), tracker)
+    else:
+        run()
 
 
 @app.command()

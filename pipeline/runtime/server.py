@@ -243,10 +243,10 @@ def serve(
     fronts: Sequence[Front] = (),
     announce: Callable[[int], object] = lambda port: print(f"edge listens on port {port}", flush=True),
     signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
-) -> None:
+) -> Tally:
     """Answer device halves of the bundle in `path`, or of those that this folder holds meanwhile (see `Shelf`), until one of `signals`.
 
-    Port 0 takes a free one; `announce` is told which. `fronts` are started beside TCP.
+    Port 0 takes a free one; `announce` is told which. `fronts` are started beside TCP. Returns what was counted.
 
     Raises:
         BundleError: no bundle can be served.
@@ -255,6 +255,7 @@ def serve(
     """
     server = EdgeServer(batching or Batching(), limits or Limits(), edge_keys(keys, host), fronts)
     asyncio.run(server.serve(Shelf(path, threads, slowdown), host, port, announce, signals))
+    return server.tally
 
 
 @contextlib.contextmanager

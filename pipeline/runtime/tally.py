@@ -43,8 +43,21 @@ class Histogram:
             self.counts[bisect_left(self.bounds, value)] += 1
             self.total += value
 
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, sum(self.counts))
+
+    def quantile(self, share: float) -> float:
+        """The value that this share of all is below, as if values were spread evenly between two bounds; at most the last bound."""
+        left = share * sum(self.counts)
+        for below, bound, count in zip((0.0, *self.bounds), self.bounds, self.counts, strict=False):
+            if count and left <= count:
+                return below + (bound - below) * left / count
+            left -= count
+        return self.bounds[-1]
+
     def to_dict(self) -> dict[str, Any]:
-        return {"up_to": list(self.bounds), "counts": list(self.counts), "mean": self.total / max(1, sum(self.counts))}
+        return {"up_to": list(self.bounds), "counts": list(self.counts), "mean": self.mean}
 
 
 @dataclass
