@@ -17,6 +17,8 @@ from pipeline.paths import PARAMS
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split."
 )
+bundle_app = typer.Typer(no_args_is_help=True, help="Turn a bundle into what other servers load.")
+app.add_typer(bundle_app, name="bundle")
 DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under `devices` in params.yaml; the first one by default")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
 
@@ -221,6 +223,21 @@ def device(
     transport = TcpTransport.at(edge) if edge else None
     for record in classify(Bundle.load(bundle), transport, source, threads=threads, point=point, deadline_ms=deadline):
         print(json.dumps(record), flush=True)
+
+
+@bundle_app.command("triton")
+def bundle_triton(
+    bundle: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
+    out: Annotated[Path, typer.Argument(help="a new folder: the model repository")],
+    max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
+    max_delay: Annotated[float, typer.Option(min=0, max=10_000, metavar="MS", help="that frames wait for others once decoded")] = 0,
+) -> None:
+    """Write the edge half of a bundle as a model repository of NVIDIA Triton; prints the name of the model to ask."""
+    from pipeline.runtime.bundle import Bundle
+    from pipeline.runtime.lane import Batching
+    from pipeline.runtime.triton import write_repository
+
+    print(write_repository(Bundle.load(bundle), out, Batching(max_batch, max_delay)))
 
 
 def main() -> None:
