@@ -22,6 +22,7 @@ app.add_typer(bundle_app, name="bundle")
 DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under `devices` in params.yaml; the first one by default")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
 
+GRPC = {"grpc", "google", "google.protobuf"}  # packages that come with the edge extra
 
 # What a stage's MLflow run shows of params.yaml, beside the device's own section.
 SECTIONS = {
@@ -158,6 +159,7 @@ def edge(
     bundle: Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote, or a folder of such folders, which may come and go")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7070,
+    grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="of the Open Inference Protocol over gRPC, beside; left out: none")] = None,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
     max_delay: Annotated[float, typer.Option(min=0, max=10_000, metavar="MS", help="that a frame waits for others; those that came meanwhile never wait")] = 0,
@@ -166,12 +168,17 @@ def edge(
     max_payload_bytes: Annotated[int, typer.Option(min=1, help="of one frame")] = 1 << 20,
     max_per_second: Annotated[float, typer.Option(min=1, help="frames from one address, on average")] = 1000,
 ) -> None:
-    """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP."""
+    """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP and gRPC."""
     from pipeline.runtime.lane import Batching
     from pipeline.runtime.server import Limits, serve
 
     limits = Limits(max_payload_bytes, max_connections, max_waiting, max_per_second)
-    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits)
+    fronts = []
+    if grpc_port is not None:
+        from pipeline.runtime.grpc_front import GrpcFront
+
+        fronts.append(GrpcFront(host, grpc_port))
+    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, fronts=fronts)
 
 
 @app.command("profile-agent")
@@ -210,7 +217,7 @@ def link(
 def device(
     bundle: BundleOption,
     source: Annotated[str, typer.Option("--source", help="an image, a folder, a video, a camera (/dev/video0), an URL (rtsp://...), or stdin: JPEG images")],
-    edge: Annotated[str | None, typer.Option("--edge", metavar="HOST:PORT", help="left out: everything runs here")] = None,
+    edge: Annotated[str | None, typer.Option("--edge", metavar="[grpc://]HOST:PORT", help="left out: everything runs here")] = None,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     point: Annotated[int, typer.Option(min=0, help="operating point, 0 the most accurate; only a multi-rate bundle has several")] = 0,
     deadline: Annotated[float, typer.Option("--deadline", metavar="MS", help="an image that the edge has not answered by then is classified here")] = 1000,
@@ -218,9 +225,9 @@ def device(
     """Run the device half on images; print one JSON line an image."""
     from pipeline.runtime.bundle import Bundle
     from pipeline.runtime.records import classify
-    from pipeline.runtime.transport import TcpTransport
+    from pipeline.runtime.transport import transport_to
 
-    transport = TcpTransport.at(edge) if edge else None
+    transport = transport_to(edge) if edge else None
     for record in classify(Bundle.load(bundle), transport, source, threads=threads, point=point, deadline_ms=deadline):
         print(json.dumps(record), flush=True)
 
@@ -252,7 +259,8 @@ def main() -> None:
     except CoinferError as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        _fail(f"this command needs the package {error.name}, which is not installed; install the training extra: pip install 'coinfer[train]'.", 1)
+        extra = "edge" if error.name in GRPC else "train"
+        _fail(f"this command needs the package {error.name}, which is not installed; install the {extra} extra: pip install 'coinfer[{extra}]'.", 1)
 
 
 def _fail(message: str, code: int) -> Any:

@@ -15,6 +15,8 @@ from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import open_lazily
 from pipeline.runtime.timing import Stopwatch, timed
 
+Asked = bytes | NDArray[np.uint8]  # a frame, or the symbols (1, h, H, W) that one would carry
+
 REPLY_TIMES = struct.Struct("<ff")  # decode_ms, edge_ms, before the logits (little-endian float32 like them)
 
 
@@ -29,15 +31,23 @@ class FrameOpener:
                 _ = tables.entry_array, tables.predictor_arrays  # derived here, not while the first frame waits
 
     @property
+    def bundle(self) -> Bundle:
+        return self._bundle
+
+    @property
     def bundle_id(self) -> bytes:
         return self._bundle.bundle_id
 
-    def open(self, frame: bytes) -> NDArray[np.uint8]:
+    def open(self, frame: Asked) -> NDArray[np.uint8]:
         """What a frame carries, as a batch of one: symbols uint8 (1, h, H, W), or of an edge-only bundle pixels uint8 (1, 3, S, S).
 
+        Symbols come back as they are.
+
         Raises:
-            FrameError: it is damaged, of another bundle, or carries something else.
+            FrameError: it is damaged, of another bundle, or carries something else; or symbols of another shape or above what the codec's bits hold.
         """
+        if isinstance(frame, np.ndarray):
+            return self._checked(frame)
         received = unpack(frame)
         if received.bundle_id != self._bundle.bundle_id:
             raise FrameError(
@@ -57,6 +67,14 @@ class FrameOpener:
     def tensor(self, opened: NDArray[np.uint8]) -> NDArray[Any]:
         """What edge.onnx takes for N opened frames: the symbols as they are, pixels as float32 (N, 3, S, S)."""
         return self._bundle.preprocessing.tensor(opened) if self._expects is Kind.IMAGE else opened
+
+    def _checked(self, symbols: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self._expects is not Kind.SYMBOLS or symbols.shape != (1, *self._bundle.code_shape):
+            raise FrameError(f"symbols of shape {symbols.shape} are nothing that this {self._bundle.kind} bundle takes; look at the shapes in its manifest.")
+        levels = max(256 if point.embedded else point.levels for point in self._bundle.points)
+        if symbols.max() >= levels:
+            raise FrameError(f"symbols go up to {symbols.max()}, those of this bundle to {levels - 1}; send what its device.onnx gives.")
+        return symbols
 
     def _decode_image(self, payload: bytes) -> NDArray[np.uint8]:
         size = self._bundle.preprocessing.image_size
@@ -84,7 +102,7 @@ class EdgeHalf(FrameOpener):
         self._input = self._session.get_inputs()[0].name
         self.slowdown = slowdown
 
-    def handle(self, frame: bytes) -> tuple[bytes, dict[str, float]]:
+    def handle(self, frame: Asked) -> tuple[bytes, dict[str, float]]:
         """The reply frame to one frame, and {"decode_ms", "edge_ms"}. What cannot be answered gets an ERROR frame saying why."""
         try:
             logits, parts = timed(lambda watch: self._answer(frame, watch), self.slowdown)
@@ -92,7 +110,7 @@ class EdgeHalf(FrameOpener):
             return self.refusal(str(error)), {}
         return self.reply(logits, parts["decode_ms"], parts["edge_ms"]), parts
 
-    def _answer(self, frame: bytes, watch: Stopwatch) -> NDArray[np.float32]:
+    def _answer(self, frame: Asked, watch: Stopwatch) -> NDArray[np.float32]:
         with watch.part("decode_ms"):
             received = self.open(frame)
         with watch.part("edge_ms"):

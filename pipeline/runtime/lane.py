@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import CoinferError
-from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.edge import Asked, EdgeHalf
 
 BUSY = "the edge is busy; try again later."
+FAILED = "the edge half failed"
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Batching:
 
 @dataclass
 class Job:
-    """A frame, whom to tell its reply, whether somebody still waits for that, and when it came (s, `time.perf_counter`)."""
+    """A frame or symbols, whom to tell the reply, whether somebody still waits for that, and when it came (s, `time.perf_counter`)."""
 
-    frame: bytes
+    frame: Asked
     done: Callable[[bytes], None]
     wanted: Callable[[], bool]
     came_s: float = field(default_factory=time.perf_counter)
@@ -53,6 +54,10 @@ class Lane:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"lane {half.bundle_id.hex()}", daemon=True)
         self._thread.start()
+
+    @property
+    def half(self) -> EdgeHalf:
+        return self._half
 
     @property
     def waiting(self) -> int:
@@ -80,7 +85,7 @@ class Lane:
             try:
                 replies = self._answers(jobs)
             except Exception as error:  # ONNX Runtime raises its own unrelated classes; the next batch may do better
-                replies = [self._half.refusal(f"the edge half failed ({error!r}); look at the edge.")] * len(jobs)
+                replies = [self._half.refusal(f"{FAILED} ({error!r}); look at the edge.")] * len(jobs)
             self._deliver(list(zip(jobs, replies, strict=True)))
 
     def _answers(self, jobs: Sequence[Job]) -> list[bytes]:

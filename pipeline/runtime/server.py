@@ -8,14 +8,15 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.errors import CoinferError, FrameError
 from pipeline.runtime.bundle import Bundle
-from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.edge import Asked, EdgeHalf
 from pipeline.runtime.frame import HEADER_BYTES, OVERHEAD_BYTES, Kind, frame_bytes, pack
 from pipeline.runtime.lane import BUSY, Batching, Finished, Job, Lane
 from pipeline.runtime.shelf import Shelf
@@ -67,11 +68,42 @@ class Bucket:
         return True
 
 
+class Asker(Protocol):
+    """Whoever sent a frame, from `address`."""
+
+    @property
+    def address(self) -> str: ...
+
+    def told(self, reply: bytes) -> None:
+        """The reply frame, once, on the event loop."""
+        ...
+
+    def is_there(self) -> bool:
+        """Whether it still waits; asked from any thread."""
+        ...
+
+
+class Front(Protocol):
+    """Another way in than TCP: hands what it is asked to the server's `take` or `put`."""
+
+    async def start(self, server: EdgeServer) -> None:
+        """Take requests from now on.
+
+        Raises:
+            CoinferError: the address cannot be bound.
+        """
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more, and return once those under way are answered, or given up after `grace_s`. May be called before `start`, and again with less."""
+        ...
+
+
 class EdgeServer:
     """Serves bundles that are added and removed while it runs; all but `Lane` work happens on the event loop."""
 
-    def __init__(self, batching: Batching, limits: Limits) -> None:
-        self.batching, self.limits = batching, limits
+    def __init__(self, batching: Batching, limits: Limits, fronts: Sequence[Front] = ()) -> None:
+        self.batching, self.limits, self.fronts = batching, limits, fronts
         self.lanes: dict[bytes, Lane] = {}
         self.clients: set[Client] = set()
         self.buckets: dict[str, Bucket] = {}
@@ -88,17 +120,21 @@ class EdgeServer:
         """Refuse frames of that bundle from now on; those that wait are answered."""
         self.lanes.pop(bundle_id).close()
 
-    def take(self, frame: bytes, client: Client) -> None:
-        """Queue a whole frame, or refuse it at once; either way `client` is told once."""
-        bundle_id, now_s = frame[1:5], time.perf_counter()
-        bucket = self.buckets.setdefault(client.address, Bucket(self.limits.per_second, now_s))
+    def take(self, frame: bytes, asker: Asker) -> None:
+        """Queue a whole frame, or refuse it at once; either way `asker` is told once."""
+        self.put(frame[1:5], frame, asker)
+
+    def put(self, bundle_id: bytes, frame: Asked, asker: Asker) -> None:
+        """Like `take`, for that bundle whatever the frame says."""
+        now_s = time.perf_counter()
+        bucket = self.buckets.setdefault(asker.address, Bucket(self.limits.per_second, now_s))
         if not bucket.take(self.limits.per_second, now_s):
-            client.told(refusal(f"more than {self.limits.per_second:g} frames a second from one address; send fewer.", bundle_id))
+            asker.told(refusal(f"more than {self.limits.per_second:g} frames a second from one address; send fewer.", bundle_id))
         elif (lane := self.lanes.get(bundle_id)) is None:
             known = ", ".join(sorted(each.hex() for each in self.lanes)) or "none"
-            client.told(refusal(f"frame is for bundle {bundle_id.hex()}, this edge runs {known}; give device and edge the same bundle.", bundle_id))
-        elif not lane.put(Job(frame, client.told, client.is_there, now_s)):
-            client.told(refusal(BUSY, bundle_id))
+            asker.told(refusal(f"frame is for bundle {bundle_id.hex()}, this edge runs {known}; give device and edge the same bundle.", bundle_id))
+        elif not lane.put(Job(frame, asker.told, asker.is_there, now_s)):
+            asker.told(refusal(BUSY, bundle_id))
 
     def stop(self) -> None:
         """Answer what waits and end; told again, end at once."""
@@ -126,6 +162,8 @@ class EdgeServer:
             raise CoinferError(f"edge cannot listen on {host}:{port} ({error}); choose another port or address.") from error
         tasks = [self.loop.create_task(self._sweep()), self.loop.create_task(self._follow(shelf))]
         try:
+            for front in self.fronts:
+                await front.start(self)
             announce(server.sockets[0].getsockname()[1])
             await self._stopped.wait()
         finally:
@@ -138,10 +176,15 @@ class EdgeServer:
         self.is_stopping = True
         for client in list(self.clients):
             client.close_when_idle()
+        stopping = [self.loop.create_task(front.stop(DRAIN_S)) for front in self.fronts]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                while self.clients and not self._hurried.is_set():
+                while (self.clients or not all(task.done() for task in stopping)) and not self._hurried.is_set():
                     await asyncio.sleep(0.01)
+        for front in self.fronts:
+            await front.stop(0)
+        for task in stopping:
+            await task
         for client in list(self.clients):
             client.transport.abort()
         for bundle_id in list(self.lanes):
@@ -301,18 +344,19 @@ def serve(
     slowdown: float = 1.0,
     batching: Batching | None = None,
     limits: Limits | None = None,
+    fronts: Sequence[Front] = (),
     announce: Callable[[int], object] = lambda port: print(f"edge listens on port {port}", flush=True),
     signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
 ) -> None:
     """Answer device halves of the bundle in `path`, or of those that this folder holds meanwhile (see `Shelf`), until one of `signals`.
 
-    Port 0 takes a free one; `announce` is told which.
+    Port 0 takes a free one; `announce` is told which. `fronts` are started beside TCP.
 
     Raises:
         BundleError: no bundle can be served.
         CoinferError: the address cannot be bound.
     """
-    server = EdgeServer(batching or Batching(), limits or Limits())
+    server = EdgeServer(batching or Batching(), limits or Limits(), fronts)
     asyncio.run(server.serve(Shelf(path, threads, slowdown), host, port, announce, signals))
 
 
