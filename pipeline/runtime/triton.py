@@ -1,6 +1,6 @@
 """A bundle's edge half as a model repository of NVIDIA Triton: an ensemble that takes the frames of device halves and gives logits.
 
-Its two steps are the decoding of frames, in Triton's Python backend (`triton_decode`), and edge.onnx, in its ONNX Runtime backend.
+Its two steps are the decoding of frames, in Triton's Python backend (`_triton_decode`), and edge.onnx, in its ONNX Runtime backend.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.runtime.bundle import CODEC, EDGE, MANIFEST, Bundle, open_session
 from pipeline.runtime.lane import Batching
 from pipeline.runtime.server import Limits
 
-DECODE_MODEL = Path(__file__).with_name("triton_decode.py")
+DECODE_MODEL = Path(__file__).with_name("_triton_decode.py")
 LABELS = "labels.txt"
 TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 

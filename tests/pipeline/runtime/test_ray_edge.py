@@ -47,7 +47,8 @@ def address(bundle):
 
     folder, port = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), ray_cluster.free_port()  # socket paths must be short
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}.items():
+        patience = {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}  # a node whose agent starts slowly ends itself
+        for name, value in {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", **patience}.items():
             patch.setenv(name, value)
         ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, _temp_dir=folder, logging_level="ERROR", log_to_driver=False)
         try:

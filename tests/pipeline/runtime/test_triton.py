@@ -26,6 +26,7 @@ from pipeline.runtime.bundle import CODEC, EDGE
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.lane import Batching
+from pipeline.runtime.transport import transport_to
 from pipeline.runtime.triton import write_repository
 from tests.pipeline.runtime.conftest import CLASSES, CODE, SIZE
 from tests.pipeline.runtime.serving import frames_of, logits
@@ -84,8 +85,8 @@ def free_port() -> int:
 class Served:
     """A Triton server with the repositories of `bundles`, and how to speak to it (KServe v2 over HTTP, tensors as raw bytes)."""
 
-    def __init__(self, bundles, port: int) -> None:
-        self.bundles, self.port = bundles, port
+    def __init__(self, bundles, port: int, grpc_port: int) -> None:
+        self.bundles, self.port, self.grpc_port = bundles, port, grpc_port
 
     def get(self, path: str, data: bytes | None = None, headers=()) -> tuple[bytes, int]:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v2/{path}", data, dict(headers))
@@ -118,17 +119,16 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(folder, make_module_bundle, tmp_path_factory):
-    repositories, port = tmp_path_factory.mktemp("repositories"), free_port()
+    repositories, port, grpc_port = tmp_path_factory.mktemp("repositories"), free_port(), free_port()
     bundles = {"split": make_module_bundle(), "edge-only": make_module_bundle("edge-only", quality=80), "altered": make_module_bundle(seed=5)}
     for name, bundle in bundles.items():
         repository(bundle, repositories / name, Batching(4, 2.0))
     next((repositories / "altered").rglob(CODEC)).write_text("{}")
-    cwd = folder
-    (cwd / "pipeline").symlink_to(ROOT / "pipeline")
+    (folder / "pipeline").symlink_to(ROOT / "pipeline")
     options = [f"--model-repository={repositories / name}" for name in bundles]
+    options += [f"--http-port={port}", f"--grpc-port={grpc_port}", "--exit-on-error=false", "--strict-readiness=false"]
     log = repositories / "log"
-    process = start(folder, cwd, *options, f"--http-port={port}", "--allow-grpc=false", "--exit-on-error=false", "--strict-readiness=false", log=log)
-    served = Served(bundles, port)
+    process, served = start(folder, folder, *options, log=log), Served(bundles, port, grpc_port)
     try:
         end_s = time.monotonic() + 60
         while True:
@@ -148,9 +148,10 @@ def served(folder, make_module_bundle, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["split", "edge-only"])
 def test_logits_are_those_of_the_edge_half_to_the_bit(kind, served):
     bundle = served.bundles[kind]
-    frames, half = frames_of(bundle, 6), EdgeHalf(bundle)
+    frames, half, device = frames_of(bundle, 6), EdgeHalf(bundle), transport_to(f"grpc://127.0.0.1:{served.grpc_port}")
     for frame in frames:
-        assert (served.logits(bundle, frame)[0] == logits(half.handle(frame)[0])).all()
+        assert (logits(device.request(frame, 20)) == logits(half.handle(frame)[0])).all()
+    device.close()
     together = served.logits(bundle, *frames[:4])
     assert together == pytest.approx(np.stack([logits(half.handle(frame)[0]) for frame in frames[:4]]), rel=1e-5)
 
