@@ -225,7 +225,7 @@ def device(
     """Run the device half on images; print one JSON line an image."""
     from pipeline.runtime.bundle import Bundle
     from pipeline.runtime.records import classify
-    from pipeline.runtime.transport import transport_to
+    from pipeline.runtime.transports import transport_to
 
     transport = transport_to(edge) if edge else None
     for record in classify(Bundle.load(bundle), transport, source, threads=threads, point=point, deadline_ms=deadline):
@@ -259,8 +259,8 @@ def main() -> None:
     except CoinferError as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        extra = "edge" if error.name in GRPC else "train"
-        _fail(f"this command needs the package {error.name}, which is not installed; install the {extra} extra: pip install 'coinfer[{extra}]'.", 1)
+        name, extra = ("edge", "edge") if error.name in GRPC else ("training", "train")
+        _fail(f"this command needs the package {error.name}, which is not installed; install the {name} extra: pip install 'coinfer[{extra}]'.", 1)
 
 
 def _fail(message: str, code: int) -> Any:

@@ -19,6 +19,7 @@ OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever earlier ones met; when to try is for the caller to say
     ("grpc.enable_http_proxy", 0),  # like frames over TCP
     ("grpc.enable_retries", 0),
+    ("grpc.http2.bdp_probe", 0),  # replies are small, and on a narrow link its pings are not
 )
 LONGEST_MS = 1e9
 AWAY = {grpc.StatusCode.UNAVAILABLE: "", grpc.StatusCode.DEADLINE_EXCEEDED: "timed out", grpc.StatusCode.CANCELLED: ""}

@@ -151,13 +151,10 @@ def uint8(tensor: Any, raw: bytes | None) -> NDArray[np.uint8]:
     Raises:
         FrameError: its contents do not fill the shape.
     """
-    count = _count(tensor, "UINT8")
-    if raw is not None:
-        return _whole(tensor, count, np.frombuffer(raw, np.uint8))
-    numbers = np.array(tensor.contents.uint_contents, np.uint32)
+    numbers = _numbers(tensor, "UINT8", raw, "u1", tensor.contents.uint_contents)
     if numbers.size and numbers.max() > 255:
-        raise FrameError(f"tensor {tensor.name} holds {numbers.max()}; a UINT8 is at most 255.")
-    return _whole(tensor, count, numbers.astype(np.uint8))
+        raise FrameError(f"tensor {tensor.name[:80]} holds {numbers.max()}; a UINT8 is at most 255.")
+    return numbers.astype(np.uint8, copy=False)
 
 
 def float32(tensor: Any, raw: bytes | None) -> NDArray[np.float32]:
@@ -166,22 +163,21 @@ def float32(tensor: Any, raw: bytes | None) -> NDArray[np.float32]:
     Raises:
         FrameError: its contents do not fill the shape.
     """
-    count = _count(tensor, "FP32")
-    if raw is None:
-        return _whole(tensor, count, np.array(tensor.contents.fp32_contents, np.float32))
-    return _whole(tensor, count, np.frombuffer(raw[: len(raw) // 4 * 4], "<f4"))
+    return _numbers(tensor, "FP32", raw, "<f4", tensor.contents.fp32_contents).astype(np.float32, copy=False)
+
+
+def _numbers(tensor: Any, datatype: str, raw: bytes | None, of_raw: str, typed: Sequence[float]) -> NDArray[Any]:
+    count = _count(tensor, datatype)
+    found = len(typed) if raw is None else len(raw) / np.dtype(of_raw).itemsize
+    if found != count:
+        raise FrameError(f"tensor {tensor.name[:80]} holds {found:g} numbers where its shape has {count}; give all of them.")
+    return np.array(typed) if raw is None else np.frombuffer(raw, of_raw)
 
 
 def _count(tensor: Any, datatype: str) -> int:
     if tensor.datatype != datatype:
         raise FrameError(f"tensor {tensor.name[:80]} is {tensor.datatype[:20] or 'of no datatype'}, not {datatype}; look at the model's metadata.")
     return math.prod(tensor.shape)
-
-
-def _whole(tensor: Any, count: int, numbers: NDArray[Any]) -> NDArray[Any]:
-    if len(numbers) != count:
-        raise FrameError(f"tensor {tensor.name[:80]} holds {len(numbers)} numbers where its shape has {count}; give all of them.")
-    return numbers
 
 
 def parameter(message: Any, name: str) -> float | None:

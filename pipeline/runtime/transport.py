@@ -10,7 +10,7 @@ import time
 from typing import Any, Protocol
 
 from pipeline.costs.link import Link, Serialiser, wire_bytes
-from pipeline.errors import CoinferError, ParamsError
+from pipeline.errors import CoinferError
 from pipeline.runtime.address import parse_address
 from pipeline.runtime.frame import HEADER_BYTES, frame_bytes
 
@@ -206,25 +206,6 @@ class TcpTransport:
     def _unreachable(self, error: OSError) -> EdgeUnreachable:
         host, port = self._address
         return EdgeUnreachable(f"edge {host}:{port} does not answer ({error}); start it with `coinfer edge` or check the address.")
-
-
-def transport_to(address: str) -> Transport:
-    """The transport to `HOST:PORT` or `tcp://HOST:PORT` (frames over TCP), or `grpc://HOST:PORT` (Open Inference Protocol).
-
-    Raises:
-        ParamsError: `address` is not of that form.
-        ModuleNotFoundError: gRPC is not installed.
-    """
-    scheme, separator, place = address.partition("://")
-    if not separator:
-        return TcpTransport.at(address)
-    if scheme == "tcp":
-        return TcpTransport.at(place)
-    if scheme == "grpc":
-        from pipeline.runtime.grpc_transport import GrpcTransport  # the extra `edge`
-
-        return GrpcTransport(*parse_address(place, "grpc://127.0.0.1:8001"))
-    raise ParamsError(f"address {address[:80]!r} names a transport that is neither tcp nor grpc; give HOST:PORT or grpc://HOST:PORT.")
 
 
 def receive_frame(connection: socket.socket, end_s: float | None = None) -> bytes | None:

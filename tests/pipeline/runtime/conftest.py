@@ -13,10 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, FILES, Bundle, write_bundle
 from pipeline.runtime.coder import build_tables
 from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.grpc_front import GrpcFront
 from pipeline.runtime.lane import Batching
 from pipeline.runtime.preprocess import Preprocessing
 from pipeline.runtime.server import EdgeServer, Limits
 from pipeline.runtime.shelf import Shelf
+from tests.pipeline.runtime.calls import Client
+from tests.pipeline.runtime.foreign import Foreign
 from tests.pipeline.runtime.serving import Gate, Running
 
 SIZE, CODE, BITS, CLASSES = 8, (2, 4, 4), 3, ["ant", "bee", "cat"]
@@ -101,11 +104,11 @@ def picture() -> np.ndarray:
 
 @pytest.fixture
 def run():
-    """run(bundle or folder, batching=, limits=, slowdown=) -> Running, drained with the test."""
+    """run(bundle or folder, batching=, limits=, slowdown=, fronts=) -> Running, drained with the test."""
     ends = []
 
-    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0) -> Running:  # noqa: B008
-        server, ports, known = EdgeServer(batching, limits), [], threading.Event()
+    def start(path, batching=Batching(), limits=Limits(), slowdown=1.0, fronts=()) -> Running:  # noqa: B008
+        server, ports, known = EdgeServer(batching, limits, fronts), [], threading.Event()
         shelf = Shelf(getattr(path, "path", path), slowdown=slowdown)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(shelf, "127.0.0.1", 0, lambda port: (ports.append(port), known.set()), ())))
         thread.start()
@@ -115,9 +118,32 @@ def run():
 
     yield start
     for server, thread in ends:
-        server.loop.call_soon_threadsafe(server.stop)
+        if thread.is_alive():
+            server.loop.call_soon_threadsafe(server.stop)
         thread.join(10)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve(run):
+    """serve(bundle, admit=, credentials=, ...) -> Running and a Client"""
+    clients = []
+
+    def start(bundle, admit=None, credentials=None, **options):
+        ports = []
+        running = run(bundle, fronts=[GrpcFront("127.0.0.1", 0, admit=admit, credentials=credentials, announce=ports.append)], **options)
+        clients.append(Client(ports[0]))
+        running.grpc_port = ports[0]
+        return running, clients[-1]
+
+    yield start
+    for client in clients:
+        client.channel.close()
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    return Foreign(tmp_path_factory.mktemp("foreign") / "environment")
 
 
 @pytest.fixture
