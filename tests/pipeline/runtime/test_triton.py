@@ -26,7 +26,7 @@ from pipeline.runtime.bundle import CODEC, EDGE
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.lane import Batching
-from pipeline.runtime.transport import transport_to
+from pipeline.runtime.transports import transport_to
 from pipeline.runtime.triton import write_repository
 from tests.pipeline.runtime.conftest import CLASSES, CODE, SIZE
 from tests.pipeline.runtime.serving import frames_of, logits
