@@ -1,11 +1,10 @@
 """Replicas of the edge half on a real Ray cluster of one machine, behind Serve's own gRPC proxy."""
 
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -45,27 +44,19 @@ def address(bundle):
 
     from pipeline.runtime.ray_edge import Settings, app
 
-    folder, port = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), ray_cluster.free_port()  # socket paths must be short
-    with pytest.MonkeyPatch.context() as patch:
-        patience = {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}  # a node whose agent starts slowly ends itself
-        for name, value in {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", **patience}.items():
-            patch.setenv(name, value)
+    functions, http = ["pipeline.runtime.ray_edge.add_to_server"], HTTPOptions(host="127.0.0.1", port=ray_cluster.free_port())
+    options = gRPCOptions(port=ray_cluster.free_port(), grpc_servicer_functions=functions)
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("PYTHONPATH", str(ROOT))
         try:
-            ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, _temp_dir=folder, logging_level="ERROR", log_to_driver=False)
-        except Exception as error:  # of no kind of its own
-            if "timed out during startup" not in str(error):
-                raise
-            pytest.skip("a node of Ray does not start here within the half minute that Ray allows")
-        try:
-            functions = ["pipeline.runtime.ray_edge.add_to_server"]
-            http = HTTPOptions(host="127.0.0.1", port=ray_cluster.free_port())
-            serve.start("HeadOnly", http_options=http, grpc_options=gRPCOptions(port=port, grpc_servicer_functions=functions))
-            serve.run(app(Settings(bundle=bundle.path, replicas=2)), name=NAME)
-            yield f"127.0.0.1:{port}"
-            serve.shutdown()
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+            head = stack.enter_context(ray_cluster.ray_cluster(cpus=2, nodes_beside=0))
+        except TimeoutError as error:
+            pytest.skip(str(error))
+        ray.init(head, logging_level="ERROR", log_to_driver=False)
+        serve.start("HeadOnly", http_options=http, grpc_options=options)
+        serve.run(app(Settings(bundle=bundle.path, replicas=2)), name=NAME)
+        yield f"127.0.0.1:{options.port}"
+        serve.shutdown()
 
 
 @pytest.fixture
