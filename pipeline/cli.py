@@ -19,6 +19,8 @@ from pipeline.paths import PARAMS
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split."
 )
+bundle_app = typer.Typer(no_args_is_help=True, help="Turn a bundle into what other servers load.")
+app.add_typer(bundle_app, name="bundle")
 DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under `devices` in params.yaml; the first one by default")]
 KeysOption = Annotated[Path | None, typer.Option("--keys", help="folder that `coinfer keys` made; needed beyond loopback")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
@@ -278,6 +280,21 @@ def _put_line(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(128 + signal.SIGPIPE) from None
         raise CoinferError(f"standard output cannot be written ({error.strerror}); make room there or send it elsewhere.") from None
+
+
+@bundle_app.command("triton")
+def bundle_triton(
+    bundle: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
+    out: Annotated[Path, typer.Argument(help="a new folder: the model repository")],
+    max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
+    max_delay: Annotated[float, typer.Option(min=0, max=10_000, metavar="MS", help="that frames wait for others once decoded")] = 0,
+) -> None:
+    """Write the edge half of a bundle as a model repository of NVIDIA Triton; prints the name of the model to ask."""
+    from pipeline.runtime.bundle import Bundle
+    from pipeline.runtime.lane import Batching
+    from pipeline.runtime.triton import write_repository
+
+    print(write_repository(Bundle.load(bundle), out, Batching(max_batch, max_delay)))
 
 
 def main() -> None:

@@ -62,14 +62,22 @@ class Bundle:
         Raises:
             BundleError: a file is missing, altered, or belongs to another bundle; the message names it.
         """
-        manifest = _read_manifest(path / MANIFEST)
-        bundle = cls(path, manifest)
-        for name in manifest["sha256"]:
+        bundle = cls.without_models(path)
+        for name in bundle.manifest["sha256"]:
             bundle.read(name)
         for point in bundle.points if bundle.kind == "split" else ():
             if not point.fit(bundle.code_shape):
                 raise BundleError(f"{path / CODEC} has {point.takes} where {DEVICE} gives {bundle.code_shape}; export the bundle again.")
         return bundle
+
+    @classmethod
+    def without_models(cls, path: Path) -> Bundle:
+        """The bundle in `path`, of which only the manifest has to be there, and the codec tables where `points` is asked for.
+
+        Raises:
+            BundleError: the manifest is missing or altered.
+        """
+        return cls(path, _read_manifest(path / MANIFEST))
 
     def read(self, name: str) -> bytes:
         """The bytes of the file called `name`, checked against the manifest at every read: the folder may have been replaced since it was loaded.

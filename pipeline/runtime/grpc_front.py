@@ -25,6 +25,8 @@ from pipeline.runtime.tally import Refusal
 ROOM_BYTES = 4096  # of a message, beside the payload of the largest frame
 MOST_DETAILS = 1000  # characters; a client takes 8 KiB of headers at most
 
+Handle = Callable[[bytes, Any], Awaitable[bytes]]  # a request and gRPC's context of the call -> the answer
+
 
 class Refused(CoinferError):
     """A request is not answered, for a reason that gRPC has a code for."""
@@ -74,10 +76,8 @@ class GrpcFront:
             "grpc.server_handshake_timeout_ms": int(1e3 * limits.partial_s),
             "grpc.max_allowed_incoming_connections": limits.connections,
         }
-        self._server = server
         self._grpc = grpc.aio.server(options=tuple(options.items()), maximum_concurrent_rpcs=limits.connections)
-        methods = {name: getattr(self, f"_{name}") for name in oip.METHODS}
-        handlers = {name: grpc.unary_unary_rpc_method_handler(self._handler(name, method)) for name, method in methods.items()}
+        handlers = {name: grpc.unary_unary_rpc_method_handler(handle) for name, handle in self.handlers(server).items()}
         self._grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip.SERVICE, handlers),))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
@@ -88,11 +88,16 @@ class GrpcFront:
         await self._grpc.start()
         self._announce(bound)
 
+    def handlers(self, server: EdgeServer) -> dict[str, Handle]:
+        """By name, what answers the methods of the service for `server`, whoever listens for them."""
+        self._server = server
+        return {name: self._handler(name, getattr(self, f"_{name}")) for name in oip.METHODS}
+
     async def stop(self, grace_s: float) -> None:
         if self._grpc is not None:
             await self._grpc.stop(grace_s)
 
-    def _handler(self, called: str, method: Callable[[Any, str], Awaitable[Any]]) -> Callable[[bytes, Any], Awaitable[bytes]]:
+    def _handler(self, called: str, method: Callable[[Any, str], Awaitable[Any]]) -> Handle:
         request_class = oip.message(f"{called}Request")
 
         async def handle(data: bytes, context: Any) -> bytes:

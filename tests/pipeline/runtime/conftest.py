@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,28 +70,34 @@ def halves(seed: int) -> dict[str, bytes]:
     }
 
 
+def bundle_in(folder: Path, kind: str = "split", seed: int = 0, quality: int = 100, image_format: str = "webp", **changes) -> Bundle:
+    files = halves(seed)
+    if kind == "edge-only":
+        files[EDGE] = files[DEVICE_ONLY]
+    training = np.random.default_rng(seed).integers(0, 2**BITS, (10, *CODE)).astype(np.uint8)
+    arguments = {
+        "kind": kind,
+        "candidate": {"cut": "layer1", "quality": quality if kind == "edge-only" else None, "image_format": image_format},
+        "plan": {},
+        "preprocessing": Preprocessing(SIZE),
+        "classes": CLASSES,
+        "files": {name: files[name] for name in FILES[kind] if name in files},
+        "points": [build_tables(training, BITS)] if kind == "split" else [],
+        "extra": {"opset": 18},
+    }
+    return write_bundle(folder / f"{kind}-{seed}", **{**arguments, **changes})
+
+
 @pytest.fixture
 def make_bundle(tmp_path: Path):
     """make_bundle(kind="split", seed=0, quality=100, image_format="webp") -> Bundle"""
+    return partial(bundle_in, tmp_path)
 
-    def make(kind: str = "split", seed: int = 0, quality: int = 100, image_format: str = "webp", **changes) -> Bundle:
-        files = halves(seed)
-        if kind == "edge-only":
-            files[EDGE] = files[DEVICE_ONLY]
-        training = np.random.default_rng(seed).integers(0, 2**BITS, (10, *CODE)).astype(np.uint8)
-        arguments = {
-            "kind": kind,
-            "candidate": {"cut": "layer1", "quality": quality if kind == "edge-only" else None, "image_format": image_format},
-            "plan": {},
-            "preprocessing": Preprocessing(SIZE),
-            "classes": CLASSES,
-            "files": {name: files[name] for name in FILES[kind] if name in files},
-            "points": [build_tables(training, BITS)] if kind == "split" else [],
-            "extra": {"opset": 18},
-        }
-        return write_bundle(tmp_path / f"{kind}-{seed}", **{**arguments, **changes})
 
-    return make
+@pytest.fixture(scope="module")
+def make_module_bundle(tmp_path_factory: pytest.TempPathFactory):
+    """`make_bundle` for fixtures of a whole module."""
+    return partial(bundle_in, tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture
