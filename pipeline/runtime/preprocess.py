@@ -24,7 +24,7 @@ IMAGE_FORMATS = {
     "WEBP": (".webp",),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
-MOST_ASPECT = 64  # of what is resized before the crop; what is longer loses its ends first, or a strip could fill the memory
+MOST_ASPECT = 64  # of what is resized before the crop; of what is longer only the square is made, or a strip could fill the memory
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -42,7 +42,8 @@ def open_image(path: Path) -> Image.Image:
 class Preprocessing:
     """RGB, shorter side to `image_size` (Pillow bilinear, antialiased), centre crop, then (x/255 - mean)/std per channel.
 
-    Of 16-bit greys the upper 8 bits count.
+    To the pixel what torchvision's Resize and CenterCrop give of a PIL image, for backbones trained with those; of strips longer than `MOST_ASPECT` within
+    one level. Of 16-bit greys the upper 8 bits count.
     """
 
     image_size: int
@@ -58,15 +59,16 @@ class Preprocessing:
         upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         size = self.image_size
         width, height = upright.size
-        if max(width, height) > MOST_ASPECT * min(width, height):
-            across, along = (max(0, side - MOST_ASPECT * min(width, height)) // 2 for side in (width, height))
-            upright = upright.crop((across, along, width - across, height - along))
-            width, height = upright.size
         if (width, height) != (size, size):
             short = min(width, height)
-            width, height = ((2 * side * size + short) // (2 * short) for side in (width, height))
-            left, top = (width - size) // 2, (height - size) // 2
-            upright = upright.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+            across, along = size * width // short, size * height // short
+            left, top = round((across - size) / 2), round((along - size) / 2)
+            square = left, top, left + size, top + size
+            if max(width, height) > MOST_ASPECT * short:
+                box = (left * width / across, top * height / along, square[2] * width / across, square[3] * height / along)
+                upright = upright.resize((size, size), Image.Resampling.BILINEAR, box)
+            else:
+                upright = upright.resize((across, along), Image.Resampling.BILINEAR).crop(square)
         return np.ascontiguousarray(np.asarray(upright, dtype=np.uint8).transpose(2, 0, 1))
 
     def tensor(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
