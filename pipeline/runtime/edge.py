@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CoinferError, FrameError
-from pipeline.runtime.bundle import EDGE, Bundle
+from pipeline.runtime.bundle import EDGE, Bundle, run_session
 from pipeline.runtime.coder import decode
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import open_lazily
@@ -27,7 +27,6 @@ class EdgeHalf:
     def __init__(self, bundle: Bundle, threads: int = 1, slowdown: float = 1.0) -> None:
         self._bundle = bundle
         self._session = bundle.session(EDGE, threads)
-        self._input = self._session.get_inputs()[0].name
         self.slowdown = slowdown
         self._expects = Kind.IMAGE if bundle.kind == "edge-only" else Kind.SYMBOLS
         if bundle.kind == "split":
@@ -76,10 +75,12 @@ class EdgeHalf:
         return decode(payload, self._bundle.code_shape, self._bundle.points[point])[None]
 
     def run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits (N, classes) of N opened frames."""
-        logits: NDArray[np.float32] = self._session.run(
-            None, {self._input: self._bundle.preprocessing.tensor(batch) if self._expects is Kind.IMAGE else batch}
-        )[0]
+        """Logits (N, classes) of N opened frames.
+
+        Raises:
+            BundleError: the half cannot be run.
+        """
+        logits: NDArray[np.float32] = run_session(self._session, self._bundle.preprocessing.tensor(batch) if self._expects is Kind.IMAGE else batch)
         return logits
 
     def reply(self, logits: NDArray[np.float32], decode_ms: float, edge_ms: float) -> bytes:

@@ -25,6 +25,7 @@ IMAGE_FORMATS = {
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 MOST_ASPECT = 64  # of what is resized before the crop; of what is longer only the square is made, or a strip could fill the memory
+MOST_PIXELS = 4096  # of a side: an image becomes twelve bytes for each pixel of the square
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -92,13 +93,15 @@ class Preprocessing:
             BundleError: a key is missing, of the wrong kind or out of range.
         """
         try:
-            mean, std = (tuple(float(value) for value in fields[key]) for key in ("mean", "std"))
-            size = int(fields["image_size"])
-            if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or size < 1:
-                raise ValueError("mean and std are three numbers, std and image_size positive")
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"preprocessing {dict(fields)} cannot be used ({error!r}); export the bundle again.") from error
-        return cls(size, mean, std)
+            mean, std, size = fields["mean"], fields["std"], fields["image_size"]
+            numbers = [float(value) for value in (*mean, *std) if type(value) in (int, float)]
+            if (len(mean), len(std), len(numbers)) != (3, 3, 6) or not all(abs(value) < 1e6 for value in numbers) or min(std) < 1e-6:
+                raise ValueError("mean and std are three numbers each, std positive")
+            if type(size) is not int or not 1 <= size <= MOST_PIXELS:
+                raise ValueError(f"image_size is between 1 and {MOST_PIXELS}")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise BundleError(f"preprocessing cannot be used ({error!r}); export the bundle again.") from error
+        return cls(size, (numbers[0], numbers[1], numbers[2]), (numbers[3], numbers[4], numbers[5]))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
