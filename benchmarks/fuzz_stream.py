@@ -21,7 +21,7 @@ from pipeline.runtime.lane import Batching
 from pipeline.runtime.server import EdgeServer, Limits
 from pipeline.runtime.shelf import Shelf
 
-ANSWER_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 5.0
 TOLERANCE = 1e-4
 
 

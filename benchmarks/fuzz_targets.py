@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import socket
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +185,9 @@ class Replies:
                 connection, _ = self._listener.accept()
             except OSError:  # closed
                 return
-            with connection:
+            with connection, contextlib.suppress(OSError):  # the device has heard enough
                 receive_frame(connection)
-                for chunk in pieces(self._next, random.Random(zlib.crc32(self._next))):
+                for chunk in _chunks(self._next):
                     connection.sendall(chunk)
 
     def close(self) -> None:
@@ -198,6 +199,11 @@ def _replies(bundle: Bundle) -> list[Frame]:
     """What an edge answers the frames of `sent`."""
     half = EdgeHalf(bundle)
     return [unpack(half.reply(half.run(half.open(pack(frame.payload, frame.bundle_id, frame.kind)))[0], 0.5, 1.5)) for frame in sent(bundle)]
+
+
+def _chunks(reply: bytes) -> Iterator[bytes]:
+    """As a network may cut it; what many small pieces of would fill a socket's buffer comes at once."""
+    return pieces(reply, random.Random(zlib.crc32(reply))) if len(reply) < 5000 else iter([reply])
 
 
 class _Given:
@@ -213,7 +219,8 @@ class _Given:
         with ours, theirs:
             ours.settimeout(timeout_s)
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-            for chunk in pieces(self._reply, random.Random(zlib.crc32(self._reply))):
+            theirs.settimeout(timeout_s)
+            for chunk in _chunks(self._reply):
                 theirs.sendall(chunk)
             theirs.close()
             try:

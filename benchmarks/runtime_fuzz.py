@@ -100,7 +100,7 @@ def _fuzzed(name: str, make: Any, count: int, seed: int, hang_s: float) -> dict[
 
 def _watch(process: Any, shared: Any, ours: Connection, failures: list[dict[str, Any]], hang_s: float) -> str:
     """Take in what fails until the process ends by itself, or is ended as it hangs: what became of it, empty if nothing."""
-    index, since_s = -1, time.monotonic()
+    place, since_s = (-1, False), time.monotonic()
     with ours:
         while True:
             try:
@@ -108,14 +108,16 @@ def _watch(process: Any, shared: Any, ours: Connection, failures: list[dict[str,
                     failures.append(ours.recv())
             except EOFError:
                 process.join()
+                if not shared.begin_bytes:
+                    raise RuntimeError("a target did not start; what it said is above") from None
                 return "" if process.exitcode == 0 else f"the process ended with {process.exitcode}"
-            if shared.index != index:
-                index, since_s = shared.index, time.monotonic()
-            elif time.monotonic() - since_s > (hang_s if shared.begin_bytes else START_TIMEOUT_S):
+            if (now := (int(shared.index), bool(shared.begin_bytes))) != place:
+                place, since_s = now, time.monotonic()
+            elif time.monotonic() - since_s > (hang_s if place[1] else START_TIMEOUT_S):
                 process.kill()
                 process.join()
-                if not shared.begin_bytes:
-                    raise TimeoutError("a target did not start")
+                if not place[1]:
+                    raise TimeoutError(f"a target did not start within {START_TIMEOUT_S:g} s")
                 return f"hangs for {hang_s:g} s"
 
 
@@ -123,7 +125,8 @@ def _work(name: str, make: Any, count: int, seed: int, shared: Any, theirs: Conn
     with (folder / "log").open("wb") as log:
         os.dup2(log.fileno(), 2)  # ONNX Runtime reports there what it also raises
     target = make(folder)
-    shared.begin_bytes = shared.most_bytes = _peak_bytes()
+    status = os.open("/proc/self/status", os.O_RDONLY)
+    shared.begin_bytes = shared.most_bytes = _peak_bytes(status)
     addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MOST_ADDRESSES_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (addresses, addresses))
     while shared.index < count:
@@ -135,7 +138,7 @@ def _work(name: str, make: Any, count: int, seed: int, shared: Any, theirs: Conn
             setattr(shared, outcome, getattr(shared, outcome) + 1)
         except Exception as error:
             what = _told(error)
-        if (peak := _peak_bytes()) > shared.most_bytes:
+        if (peak := _peak_bytes(status)) > shared.most_bytes:
             if not what and peak - shared.most_bytes > MOST_GROWTH_BYTES:
                 what = f"takes {(peak - shared.most_bytes) >> 20} MiB"
             shared.most_bytes = peak
@@ -154,8 +157,9 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:200]} ({place})"
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_bytes(status: int) -> int:
+    """Largest memory so far, from /proc/self/status; what getrusage says takes the parent's memory at the fork for the child's."""
+    return int(os.pread(status, 4096, 0).partition(b"VmHWM:")[2].split(None, 1)[0]) << 10
 
 
 if __name__ == "__main__":

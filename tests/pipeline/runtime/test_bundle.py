@@ -93,7 +93,7 @@ def test_a_manifest_that_fits_its_hashes_and_says_nonsense_is_refused(make_bundl
     *holders, last = place.split()
     functools.reduce(dict.__getitem__, holders, manifest)[last] = value
     path.write_bytes(rehashed({MANIFEST: json.dumps(manifest).encode()})[MANIFEST])
-    with pytest.raises(BundleError, match="export (the bundle|it) again"):
+    with pytest.raises(BundleError, match=r"export (the bundle|it) again"):
         Bundle.load(path.parent)
 
 
