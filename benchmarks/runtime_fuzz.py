@@ -132,6 +132,7 @@ def _work(name: str, make: Any, count: int, seed: int, shared: Any, theirs: Conn
     while shared.index < count:
         data, checked = input_of(name, seed, shared.index, target)
         shared.put(data)
+        shared.checked += checked
         what = ""
         try:
             outcome = target.check(data)
@@ -144,7 +145,6 @@ def _work(name: str, make: Any, count: int, seed: int, shared: Any, theirs: Conn
             shared.most_bytes = peak
         if what:
             theirs.send({"index": int(shared.index), "what": what, "input": base64.b64encode(data).decode()})
-        shared.checked += checked
         shared.inputs += 1
         shared.index += 1
     with contextlib.suppress(Exception):
