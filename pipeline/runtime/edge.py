@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CoinferError, FrameError
-from pipeline.runtime.bundle import EDGE, Bundle
+from pipeline.runtime.bundle import EDGE, Bundle, run_session
 from pipeline.runtime.coder import decode
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import open_lazily
@@ -99,7 +99,6 @@ class EdgeHalf(FrameOpener):
     def __init__(self, bundle: Bundle, threads: int = 1, slowdown: float = 1.0) -> None:
         super().__init__(bundle)
         self._session = bundle.session(EDGE, threads)
-        self._input = self._session.get_inputs()[0].name
         self.slowdown = slowdown
 
     def handle(self, frame: Asked) -> tuple[bytes, dict[str, float]]:
@@ -118,8 +117,12 @@ class EdgeHalf(FrameOpener):
         return logits
 
     def run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits (N, classes) of N opened frames."""
-        logits: NDArray[np.float32] = self._session.run(None, {self._input: self.tensor(batch)})[0]
+        """Logits (N, classes) of N opened frames.
+
+        Raises:
+            BundleError: the half cannot be run.
+        """
+        logits: NDArray[np.float32] = run_session(self._session, self.tensor(batch))
         return logits
 
     def reply(self, logits: NDArray[np.float32], decode_ms: float, edge_ms: float) -> bytes:

@@ -14,9 +14,9 @@ import pytest
 from pipeline.errors import BundleError
 from pipeline.runtime import oip
 from pipeline.runtime.device import DeviceHalf
+from pipeline.runtime.dial import dial
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.fallback import Fallback
-from pipeline.runtime.transports import transport_to
 from tests.pipeline.runtime.conftest import CLASSES, CODE, SIZE
 from tests.pipeline.runtime.serving import frames_of, logits, said
 
@@ -72,7 +72,7 @@ def call(address):
 
 
 def test_answers_are_those_of_the_edge_half(address, bundle):
-    transport, half = transport_to(f"grpc://{address}"), EdgeHalf(bundle)
+    transport, half = dial(f"grpc://{address}"), EdgeHalf(bundle)
     frames = frames_of(bundle, 8)
     for frame in frames:
         assert (logits(transport.request(frame, 20)) == logits(half.handle(frame)[0])).all()
@@ -104,7 +104,7 @@ def test_no_image_is_lost_when_a_replica_dies_and_it_comes_back(address, bundle)
     is_over, asked, answers, reasons = threading.Event(), [], [], []
 
     def device(number: int) -> None:
-        transport = transport_to(f"grpc://{address}")
+        transport = dial(f"grpc://{address}")
         fallback = Fallback(DeviceHalf(bundle), transport, 10_000)
         while not is_over.is_set():
             which = (number + len(asked)) % len(pictures)

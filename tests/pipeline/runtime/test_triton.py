@@ -23,10 +23,10 @@ import pytest
 from pipeline.cli import main
 from pipeline.errors import BundleError, CoinferError
 from pipeline.runtime.bundle import CODEC, EDGE
+from pipeline.runtime.dial import dial
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.lane import Batching
-from pipeline.runtime.transports import transport_to
 from pipeline.runtime.triton import write_repository
 from tests.pipeline.runtime.conftest import CLASSES, CODE, SIZE
 from tests.pipeline.runtime.serving import frames_of, logits
@@ -148,7 +148,7 @@ def served(folder, make_module_bundle, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["split", "edge-only"])
 def test_logits_are_those_of_the_edge_half_to_the_bit(kind, served):
     bundle = served.bundles[kind]
-    frames, half, device = frames_of(bundle, 6), EdgeHalf(bundle), transport_to(f"grpc://127.0.0.1:{served.grpc_port}")
+    frames, half, device = frames_of(bundle, 6), EdgeHalf(bundle), dial(f"grpc://127.0.0.1:{served.grpc_port}")
     for frame in frames:
         assert (logits(device.request(frame, 20)) == logits(half.handle(frame)[0])).all()
     device.close()
