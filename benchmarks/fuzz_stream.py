@@ -6,7 +6,7 @@ import asyncio
 import random
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,9 @@ from benchmarks.fuzz_bundles import bundles, must, sent
 from benchmarks.fuzz_inputs import damaged, frame_like, header, pieces
 from pipeline.errors import FrameError
 from pipeline.runtime.edge import REPLY_TIMES, EdgeHalf
-from pipeline.runtime.frame import HEADER_BYTES, OVERHEAD_BYTES, VERSION_1, Frame, Kind, frame_bytes, pack, unpack
+from pipeline.runtime.frame import OVERHEAD_BYTES, Kind, pack, unpack
+from pipeline.runtime.framing import Compact, Framing, Whole
+from pipeline.runtime.hello import HELLO_1, Hello, hello_bytes
 from pipeline.runtime.lane import Batching
 from pipeline.runtime.server import EdgeServer, Limits
 from pipeline.runtime.shelf import Shelf
@@ -106,14 +108,17 @@ class Stream:
         self._port = self.loop.run_until_complete(asyncio.wait_for(started, ANSWER_TIMEOUT_S))
 
     def generate(self, rng: random.Random) -> tuple[bytes, bool]:
-        parts, is_checked = [], False
+        parts, is_checked, framing = [], False, Whole()
+        if rng.random() < 0.4:
+            hello, framing = self._hello(rng)
+            parts.append(hello if rng.random() < 0.8 else damaged(hello, rng))
         for _ in range(rng.choice((1, 1, 2, 3, 6))):
             frame, what = rng.choice(self._seeds), rng.random()
-            whole = pack(frame.payload, frame.bundle_id, frame.kind)
+            whole = framing.outgoing(pack(frame.payload, frame.bundle_id, frame.kind))
             if what < 0.3:
                 parts.append(whole)
             elif what < 0.85:
-                parts.append(frame_like(frame, self._payloads, self._ids, rng))
+                parts.append(_outgoing(framing, frame_like(frame, self._payloads, self._ids, rng)))
                 is_checked = True
             elif what < 0.9:
                 parts.append(damaged(whole, rng))
@@ -126,6 +131,12 @@ class Stream:
         how = (rng.random() < self.sockets) | 2 * (rng.random() < 0.1)
         return bytes([how]) + b"".join(parts), is_checked
 
+    def _hello(self, rng: random.Random) -> tuple[bytes, Framing]:
+        compact = rng.choice([*self._ids, rng.randbytes(4)]) if rng.random() < 0.6 else b""
+        name = rng.choice(("", "camera-1", "../keys", "a" * 65, "\n"))
+        hello = Hello(name, rng.choice(("", "1.0")), rng.choice(("", "token")), compact.hex(), rng.choice((0, 1, 1 << 39, 1 << 40, -1)))
+        return hello.pack(), Compact(compact) if compact else Whole()
+
     def check(self, data: bytes) -> str:
         how, stream = data[0], data[1:]
         rng = random.Random(zlib.crc32(stream))
@@ -134,7 +145,7 @@ class Stream:
         self._compare(stream, replies, has_stayed)
         return "answered" if replies else "refused"
 
-    async def _without(self, stream: bytes, rng: random.Random, stays: bool) -> tuple[list[Frame], bool]:
+    async def _without(self, stream: bytes, rng: random.Random, stays: bool) -> tuple[bytes, bool]:
         client = self.loop.factory()
         wire = _Wire(self.loop, client, rng)
         client.connection_made(wire)
@@ -154,9 +165,9 @@ class Stream:
                 wire.close()
         await wire.lost.wait()
         must(client not in self._server.clients, "the server still counts a client that is gone")
-        return _replies(bytes(wire.written)), stays
+        return bytes(wire.written), stays
 
-    async def _over_a_socket(self, stream: bytes, rng: random.Random, stays: bool) -> tuple[list[Frame], bool]:
+    async def _over_a_socket(self, stream: bytes, rng: random.Random, stays: bool) -> tuple[bytes, bool]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         try:
             for chunk in pieces(stream, rng):
@@ -164,36 +175,25 @@ class Stream:
                 if rng.random() < 0.2:
                     await asyncio.sleep(0)
             if not stays:
-                return [], False
+                return b"", False
             writer.write_eof()
-            return _replies(await reader.read()), True
+            return await reader.read(), True
         except ConnectionError:  # the server had closed before all was sent
-            return [], False
+            return b"", False
         finally:
             writer.transport.abort()
             await asyncio.sleep(0)
 
-    def _compare(self, stream: bytes, replies: list[Frame], has_stayed: bool) -> None:
-        if stream[:1] != bytes([VERSION_1]) and stream[:1] == b"\xc2":
-            return  # what a device of a later version may begin with
-        frames, parts = [], False
-        at = 0
-        while len(stream) - at >= HEADER_BYTES:
-            try:
-                need = frame_bytes(stream[at : at + HEADER_BYTES])
-            except FrameError:
-                parts = True
-                break
-            if need > self.most_bytes + OVERHEAD_BYTES:
-                parts = True
-                break
-            if len(stream) - at < need:
-                break
-            frames.append(stream[at : at + need])
-            at += need
-        expected = len(frames) + parts
-        must(len(replies) == expected if has_stayed else len(replies) <= expected, f"{len(replies)} replies to {len(frames)} frames")
-        for frame, reply in zip(frames, replies, strict=False):
+    def _compare(self, stream: bytes, replies: bytes, has_stayed: bool) -> None:
+        framing, frames, has_lost_its_way = self._understood(stream)
+        found = list(_split(replies, framing))
+        expected = len(frames) + has_lost_its_way
+        must(len(found) == expected if has_stayed else len(found) <= expected, f"{len(found)} replies to {len(frames)} frames")
+        for frame, answer in zip(frames, found, strict=False):
+            reply = unpack(answer)
+            if frame is None:
+                must(reply.kind is Kind.ERROR, f"{reply} to a damaged message")
+                continue
             half = self._halves.get(frame[1:5])
             must(reply.bundle_id == frame[1:5], "replies out of order")
             alone = unpack(half.handle(frame)[0]) if half else None
@@ -201,8 +201,26 @@ class Stream:
             if reply.kind is Kind.REPLY and alone:
                 ours, theirs = (np.frombuffer(each.payload, "<f4", offset=REPLY_TIMES.size) for each in (reply, alone))
                 must(np.allclose(ours, theirs, atol=TOLERANCE), "another frame's reply")
-        if has_stayed and parts:
-            must(replies[-1].kind is Kind.ERROR, "closed without a word")
+        if has_stayed and has_lost_its_way:
+            must(unpack(found[-1]).kind is Kind.ERROR, "closed without a word")
+
+    def _understood(self, stream: bytes) -> tuple[Framing, list[bytes | None], bool]:
+        """How what follows the hello is framed, the frames (None: a damaged message), and whether the rest is no message."""
+        framing: Framing = Whole()
+        frames: list[bytes | None] = []
+        at = 0
+        try:
+            if stream[:1] == bytes([HELLO_1]):
+                if len(stream) < (at := hello_bytes(stream)):
+                    return framing, frames, False
+                if (hello := Hello.unpack(stream[:at])).compact:
+                    framing = Compact(hello.bundle_id)
+            while (need := framing.need(stream[at : at + framing.head_bytes])) <= len(stream) - at and need <= self.most_bytes + OVERHEAD_BYTES:
+                frames.append(_incoming(framing, stream[at : at + need]))
+                at += need
+        except FrameError:
+            return framing, frames, True
+        return framing, frames, need > self.most_bytes + OVERHEAD_BYTES
 
     def close(self) -> None:
         self._server.stop()
@@ -210,10 +228,24 @@ class Stream:
         self.loop.close()
 
 
-def _replies(data: bytes) -> list[Frame]:
-    found, at = [], 0
-    while at < len(data):
-        end = at + frame_bytes(data[at : at + HEADER_BYTES])
-        found.append(unpack(data[at:end]))
-        at = end
-    return found
+def _outgoing(framing: Framing, frame: bytes) -> bytes:
+    """The message that carries a frame; one that no message could carry goes as it is."""
+    try:
+        return framing.outgoing(frame)
+    except FrameError:
+        return frame
+
+
+def _incoming(framing: Framing, message: bytes) -> bytes | None:
+    try:
+        return framing.incoming(message)
+    except FrameError:
+        return None
+
+
+def _split(data: bytes, framing: Framing) -> Iterator[bytes]:
+    """The frames of a stream of whole messages."""
+    while data:
+        need = framing.need(data[: framing.head_bytes])
+        yield framing.incoming(data[:need])
+        data = data[need:]

@@ -212,6 +212,9 @@ class _Given:
     def __init__(self, reply: bytes, through_a_socket: bool) -> None:
         self._reply, self._through_a_socket = reply, through_a_socket
 
+    def message_bytes(self, frame: bytes) -> int:
+        return len(frame)
+
     def request(self, frame: bytes, timeout_s: float) -> bytes:
         if not self._through_a_socket:
             return self._reply
