@@ -9,6 +9,8 @@ TORCH_INDEX ?= $(KEPT_INDEX)
 DATA ?=
 WEIGHTS ?=
 NAME ?=
+BUNDLE ?=
+SOURCE ?=
 
 ROOT := $(CURDIR)
 VENV := .venv
@@ -26,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # each stage is a process: without bytecode it would compile torch and mlflow again, some 20 s
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install repro test lint ui cifar10 bench readme requirements clean
+.PHONY: help install repro test lint ui cifar10 bench arm readme requirements clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*  ## (.*)/\1|\2/' | awk -F'|' '{ printf "  make %-13s%s\n", $$1, $$2 }'
@@ -92,6 +94,9 @@ endif
 bench: $(STAMP)  ## run benchmarks/NAME.py, which writes results/NAME.json
 	@grep -qs __main__ 'benchmarks/$(NAME).py' || { echo "give NAME, one of: $(filter-out readme,$(basename $(notdir $(shell grep -l __main__ benchmarks/*.py))))"; exit 1; }
 	$(BIN)/python benchmarks/$(NAME).py
+
+arm: $(STAMP)  ## does a device on 64-bit Arm, emulated, predict what one does here? BUNDLE=FOLDER and SOURCE=FOLDER name other ones to try
+	@$(BIN)/python tools/arm64.py $(if $(BUNDLE),--bundle '$(BUNDLE)') $(if $(SOURCE),--source '$(SOURCE)')
 
 readme: $(STAMP)  ## make README's tables and pictures from results/*.json
 	$(BIN)/python benchmarks/readme.py

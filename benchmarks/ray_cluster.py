@@ -1,4 +1,4 @@
-"""A real Ray cluster on this machine, a head and two nodes, each a process tree of its own; for tests and benchmarks of `search.executor: ray`."""
+"""A real Ray cluster on this machine, a head and nodes, each a process tree of its own; for tests and benchmarks of what runs on Ray."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PATIENCE_S = 60
 
 
 @contextmanager
-def ray_cluster(cpus: int) -> Iterator[str]:
-    """Address of the head, which has no CPU for actors; both nodes claim to have `cpus`.
+def ray_cluster(cpus: int, nodes_beside: int = NODES) -> Iterator[str]:
+    """Address of the head, which has no CPU for actors; the nodes beside it claim to have `cpus` each. Without any the head has those.
 
     Raises:
         TimeoutError: a node does not start here within a minute.
@@ -32,10 +32,23 @@ def ray_cluster(cpus: int) -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_DASHBOARD": "1", "OMP_NUM_THREADS": "1"}
+    environment["RAY_AUTH_MODE"] = "disabled"  # the default where the user has no token of Ray's, which `serve run` leaves behind
     environment |= {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}  # a node whose agent starts slowly ends itself
     memory = ["--object-store-memory", "80000000", "--block"]
     port = address.split(":")[1]
-    head = ["--head", "--num-cpus", "0", "--port", port, "--include-dashboard", "false", "--temp-dir", folder, "--node-ip-address", "127.0.0.1"]
+    head = [
+        "--head",
+        "--num-cpus",
+        "0" if nodes_beside else str(cpus),
+        "--port",
+        port,
+        "--include-dashboard",
+        "false",
+        "--temp-dir",
+        folder,
+        "--node-ip-address",
+        "127.0.0.1",
+    ]
     nodes: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str) -> None:
@@ -46,7 +59,7 @@ def ray_cluster(cpus: int) -> Iterator[str]:
         start(*head)
         _wait(lambda: _answers(address))
         ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-        for count in range(1, NODES + 1):  # one after the other: two at a time may take the same port
+        for count in range(1, nodes_beside + 1):  # one after the other: two at a time may take the same port
             start("--address", address, "--num-cpus", str(cpus))
             _wait(lambda count=count: ray.cluster_resources().get("CPU") == count * cpus)
         ray.shutdown()

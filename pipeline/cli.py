@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +19,13 @@ from pipeline.paths import PARAMS
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split."
 )
+bundle_app = typer.Typer(no_args_is_help=True, help="Turn a bundle into what other servers load.")
+app.add_typer(bundle_app, name="bundle")
 DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under `devices` in params.yaml; the first one by default")]
+KeysOption = Annotated[Path | None, typer.Option("--keys", help="folder that `coinfer keys` made; needed beyond loopback")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
 
+EDGE_EXTRA = {"cryptography", "google", "grpc", "prometheus_client"}
 
 # What a stage's MLflow run shows of params.yaml, beside the device's own section.
 SECTIONS = {
@@ -156,20 +162,56 @@ def edge(
     bundle: Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote, or a folder of such folders, which may come and go")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7070,
+    grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="of the Open Inference Protocol over gRPC, beside; left out: none")] = None,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
     max_delay: Annotated[float, typer.Option(min=0, max=10_000, metavar="MS", help="that a frame waits for others; those that came meanwhile never wait")] = 0,
     max_waiting: Annotated[int, typer.Option(min=1, help="frames in the queue of a bundle; more are answered `busy` at once")] = 256,
     max_connections: Annotated[int, typer.Option(min=1, help="open at once; more are told so and closed")] = 1024,
     max_payload_bytes: Annotated[int, typer.Option(min=1, help="of one frame")] = 1 << 20,
-    max_per_second: Annotated[float, typer.Option(min=1, help="frames from one address, on average")] = 1000,
+    max_per_second: Annotated[float, typer.Option(min=1, help="frames of one device, on average; without keys, of one address")] = 1000,
+    keys: KeysOption = None,
+    metrics: Annotated[str | None, typer.Option("--metrics", metavar="HOST:PORT", help="serve /metrics (Prometheus), /livez and /readyz there")] = None,
+    log_mlflow: Annotated[bool, typer.Option("--log-mlflow", help="at the end log what was served as a run of MLflow (MLFLOW_TRACKING_URI)")] = False,
 ) -> None:
-    """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP."""
+    """Serve the edge half of a bundle, or of all bundles in a folder as they come and go, over TCP and gRPC."""
+    from pipeline.runtime.address import parse_address
     from pipeline.runtime.lane import Batching
-    from pipeline.runtime.server import Limits, serve
+    from pipeline.runtime.server import Front, Limits, serve
 
     limits = Limits(max_payload_bytes, max_connections, max_waiting, max_per_second)
-    serve(bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits)
+    fronts: list[Front] = []
+    if grpc_port is not None:
+        from pipeline.runtime.grpc_front import GrpcFront
+
+        fronts.append(GrpcFront(host, grpc_port))
+    if metrics is not None:
+        from pipeline.runtime.metrics import MetricsFront
+
+        fronts.append(MetricsFront(*parse_address(metrics, "127.0.0.1:9070", least=0)))
+    run = partial(serve, bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, keys=keys, fronts=fronts)
+    if log_mlflow:
+        from pipeline.serving import log_serving
+        from pipeline.tracking import new_run
+
+        with new_run("serve", {"stage": "serve"}) as tracker:  # opened first, or what was counted might have nowhere to go
+            log_serving(run(), tracker)
+    else:
+        run()
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="made, or added to; whoever has its ca.key can make keys for this edge")],
+    edge: Annotated[list[str] | None, typer.Option("--edge", metavar="HOST", help="name or address under which devices reach the edge")] = None,
+    device: Annotated[list[str] | None, typer.Option("--device", metavar="NAME", help="a device that may ask the edge")] = None,
+    days: Annotated[int, typer.Option(min=1, max=36500, help="after which the certificates end")] = 730,
+) -> None:
+    """Make the keys without which an edge listens on loopback only: one folder for the edge, one for each device."""
+    from pipeline.runtime.keymaking import make_keys
+
+    for written in make_keys(folder, edge or [], device or [], days):
+        print(written)
 
 
 @app.command("profile-agent")
@@ -208,19 +250,51 @@ def link(
 def device(
     bundle: BundleOption,
     source: Annotated[str, typer.Option("--source", help="an image, a folder, a video, a camera (/dev/video0), an URL (rtsp://...), or stdin: JPEG images")],
-    edge: Annotated[str | None, typer.Option("--edge", metavar="HOST:PORT", help="left out: everything runs here")] = None,
+    edge: Annotated[str | None, typer.Option("--edge", metavar="[grpc://]HOST:PORT", help="left out: everything runs here")] = None,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads")] = 1,
     point: Annotated[int, typer.Option(min=0, help="operating point, 0 the most accurate; only a multi-rate bundle has several")] = 0,
     deadline: Annotated[float, typer.Option("--deadline", metavar="MS", help="an image that the edge has not answered by then is classified here")] = 1000,
+    keys: KeysOption = None,
+    name: Annotated[str | None, typer.Option("--name", help="of this device, told the edge; with keys, theirs")] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="6 bytes around a payload rather than 13, for the narrowest links")] = False,
 ) -> None:
     """Run the device half on images; print one JSON line an image."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it as SIGTERM does, without a word: it leaves nothing half-written
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads that nothing here uses, a tenth of the time to the first record
     from pipeline.runtime.bundle import Bundle
+    from pipeline.runtime.dial import dial
     from pipeline.runtime.records import classify
-    from pipeline.runtime.transport import TcpTransport
 
-    transport = TcpTransport.at(edge) if edge else None
-    for record in classify(Bundle.load(bundle), transport, source, threads=threads, point=point, deadline_ms=deadline):
-        print(json.dumps(record), flush=True)
+    opened = Bundle.load(bundle)
+    transport = dial(edge, keys, name, opened.bundle_id if compact else b"") if edge else None
+    for record in classify(opened, transport, source, threads=threads, point=point, deadline_ms=deadline):
+        _put_line(json.dumps(record))
+
+
+def _put_line(text: str) -> None:
+    """Print at once; a reader that has gone ends the program without a word, as SIGPIPE ends others."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush of all would fail too, and say so
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        raise CoinferError(f"standard output cannot be written ({error.strerror}); make room there or send it elsewhere.") from None
+
+
+@bundle_app.command("triton")
+def bundle_triton(
+    bundle: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
+    out: Annotated[Path, typer.Argument(help="a new folder: the model repository")],
+    max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
+    max_delay: Annotated[float, typer.Option(min=0, max=10_000, metavar="MS", help="that frames wait for others once decoded")] = 0,
+) -> None:
+    """Write the edge half of a bundle as a model repository of NVIDIA Triton; prints the name of the model to ask."""
+    from pipeline.runtime.bundle import Bundle
+    from pipeline.runtime.lane import Batching
+    from pipeline.runtime.triton import write_repository
+
+    print(write_repository(Bundle.load(bundle), out, Batching(max_batch, max_delay)))
 
 
 def main() -> None:
@@ -235,7 +309,8 @@ def main() -> None:
     except CoinferError as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        _fail(f"this command needs the package {error.name}, which is not installed; install the training extra: pip install 'coinfer[train]'.", 1)
+        name, extra = ("edge", "edge") if str(error.name).partition(".")[0] in EDGE_EXTRA else ("training", "train")
+        _fail(f"this command needs the package {error.name}, which is not installed; install the {name} extra: pip install 'coinfer[{extra}]'.", 1)
 
 
 def _fail(message: str, code: int) -> Any:

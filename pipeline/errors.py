@@ -29,6 +29,10 @@ class FrameError(CoinferError):
     """A message on the wire is damaged, truncated or of another version."""
 
 
+class KeysError(CoinferError):
+    """Certificates or tokens are missing, broken or needed."""
+
+
 class ParityError(CoinferError):
     """An exported half does not compute what the trained network computes."""
 

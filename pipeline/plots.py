@@ -71,3 +71,17 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) 
 
 def _name(mode: str) -> str:
     return mode.replace("_", "-")
+
+
+def histograms(counts: Mapping[str, tuple[Sequence[float], Sequence[int]]], xlabel: str, title: str) -> Figure:
+    """One panel a name: what share of all values lies up to each bound, and above the last (`bounds`, `counts` of one more)."""
+    figure = Figure(figsize=(7.5, 0.6 + 1.6 * len(counts)), layout="constrained")
+    for axes, (name, (bounds, values)) in zip(figure.subplots(len(counts), squeeze=False)[:, 0], counts.items(), strict=True):
+        labels = [*(f"{bound:g}" for bound in bounds), f"> {bounds[-1]:g}"][: len(values) if values[-1] else -1]
+        axes.bar(labels, [value / max(1, sum(values)) for value in values][: len(labels)], color=MODE_COLOURS["split"], width=0.9)
+        axes.set_title(name, fontsize="small", loc="left")
+        axes.set_ylabel("share")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(xlabel)
+    figure.suptitle(title, fontsize="medium")
+    return figure

@@ -35,7 +35,7 @@ class Tracker(Protocol):
     def log_figure(self, figure: Figure, name: str) -> None: ...
     def log_file(self, path: Path) -> None: ...
     def log_onnx(self, path: Path, name: str, input_example: dict[str, np.ndarray]) -> None: ...
-    def child(self, name: str) -> AbstractContextManager[Tracker]: ...
+    def child(self, name: str, **tags: str) -> AbstractContextManager[Tracker]: ...
 
 
 def tracking_uri() -> str:
@@ -142,8 +142,10 @@ class MlflowTracker:
             mlflow.end_run("RUNNING")
 
     @contextmanager
-    def child(self, name: str) -> Iterator[Tracker]:
-        tags = {"mlflow.parentRunId": self._run.info.run_id, **{k: v for k, v in self._run.data.tags.items() if not k.startswith("mlflow.")}}
+    def child(self, name: str, **tags: str) -> Iterator[Tracker]:
+        """A run within this one, with its tags and some more."""
+        inherited = {key: value for key, value in self._run.data.tags.items() if not key.startswith("mlflow.")}
+        tags = {"mlflow.parentRunId": self._run.info.run_id, **inherited, **tags}
         with _reaching_mlflow():
             run = self._client.create_run(self._run.info.experiment_id, run_name=name, tags=tags)
         with _closing(self._client, run):
@@ -165,6 +167,17 @@ def _closing(client: MlflowClient, run: Run) -> Iterator[None]:
 @contextmanager
 def stage_run(stage: str, device: str | None, params_file: Path) -> Iterator[MlflowTracker]:
     """One MLflow run for one executed stage, marked failed when the block raises.
+
+    Raises:
+        CoinferError: the tracking database or server cannot be used.
+    """
+    with new_run(f"{stage} {device}" if device else stage, provenance(stage, device, params_file)) as tracker:
+        yield tracker
+
+
+@contextmanager
+def new_run(name: str, tags: Mapping[str, str]) -> Iterator[MlflowTracker]:
+    """One MLflow run, marked failed when the block raises.
 
     Raises:
         CoinferError: the tracking database or server cannot be used.
@@ -191,7 +204,6 @@ def stage_run(stage: str, device: str | None, params_file: Path) -> Iterator[Mlf
                 experiment_id = experiment.experiment_id
         else:
             experiment_id = experiment.experiment_id
-        name = f"{stage} {device}" if device else stage
-        run = client.create_run(experiment_id, run_name=name, tags=provenance(stage, device, params_file))
+        run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
     with _closing(client, run):
         yield MlflowTracker(client, run)

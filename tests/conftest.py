@@ -64,7 +64,7 @@ class RecordingTracker:
         self.models.append(name)
 
     @contextmanager
-    def child(self, name: str) -> Iterator[RecordingTracker]:
+    def child(self, name: str, **tags: str) -> Iterator[RecordingTracker]:
         self.children[name] = RecordingTracker()
         yield self.children[name]
 

@@ -14,11 +14,14 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from benchmarks.runtime_start import uv
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
 PINS = [Requirement(line) for line in LINES]
 HERE = {canonicalize_name(pin.name): pin for pin in PINS if pin.marker is None or pin.marker.evaluate()}
+ARM = ["--python-platform", "aarch64-manylinux_2_28", "--python-version", "3.11", "--only-binary", ":all:"]
 
 
 def test_requirements_are_exact_pins_without_addresses_or_paths() -> None:
@@ -56,6 +59,12 @@ def test_base_install_has_no_training_package() -> None:
     assert names == {"numpy", "onnxruntime", "pillow", "pydantic", "rich", "typer"}
 
 
+@pytest.mark.parametrize("extras", [[], ["--extra", "edge", "--extra", "camera"]], ids=["base", "extras"])
+def test_a_raspberry_pi_needs_no_compiler(extras: list[str]) -> None:
+    """Everything resolves as wheels for 64-bit Arm Linux, by the oldest Python and C library that Raspberry Pi OS 12 may have."""
+    uv("pip", "compile", ROOT / "pyproject.toml", *extras, *ARM, "--quiet")
+
+
 def test_runtime_and_command_line_import_nothing_of_the_training_extra() -> None:
     """In a fresh interpreter in which every package of the extra is missing."""
     blocked = sorted({"torch", "torchvision", "lightning", "mlflow", "optuna", "dvc", "onnx", "onnxscript", "torch_pruning", "sklearn", "matplotlib", "yaml"})
@@ -65,7 +74,7 @@ for name in {blocked!r}:
     sys.modules[name] = None
 import pipeline.cli, pipeline.costs.link, pipeline.runtime
 for module in pkgutil.iter_modules(pipeline.runtime.__path__):
-    if not module.name.startswith("_"):
+    if not module.name.startswith("_") and module.name != "ray_edge":  # which is of the extra `cluster`
         __import__("pipeline.runtime." + module.name)
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pipeline.errors import ParamsError
 
 
-def parse_address(text: str, example: str) -> tuple[str, int]:
+def parse_address(text: str, example: str, least: int = 1) -> tuple[str, int]:
     """Host and port of `text`, HOST:PORT or [IPV6]:PORT.
 
     Raises:
-        ParamsError: it is not of that form; the sentence gives `example`.
+        ParamsError: it is not of that form, or the port is below `least`; the sentence gives `example`.
     """
     host, _, port = text.rpartition(":")
     host = host.strip("[]")
     try:
-        good = bool(host.encode("idna")) and port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+        good = bool(host.encode("idna")) and port.isascii() and port.isdigit() and len(port) <= 5 and least <= int(port) < 65536
     except UnicodeError:
         good = False
     if not good:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from pipeline.errors import BundleError
 from pipeline.files import atomic_directory
-from pipeline.runtime.coder import CodecTables
+from pipeline.runtime.coder import MAX_SLOTS, CodecTables
 from pipeline.runtime.frame import BUNDLE_ID_BYTES
 from pipeline.runtime.images import FORMATS, Format
 from pipeline.runtime.preprocess import Preprocessing
 
 SCHEMA_VERSION = 3
 MAX_POINTS = 256  # a byte of the payload says which
+MAX_SYMBOLS = 1 << 26  # of an image: the edge has room for as many before it has looked at a payload
 MANIFEST = "manifest.json"
 DEVICE = "device.onnx"  # float32 images -> uint8 symbols
 EDGE = "edge.onnx"  # uint8 symbols (edge-only: float32 images) -> logits
@@ -62,14 +66,22 @@ class Bundle:
         Raises:
             BundleError: a file is missing, altered, or belongs to another bundle; the message names it.
         """
-        manifest = _read_manifest(path / MANIFEST)
-        bundle = cls(path, manifest)
-        for name in manifest["sha256"]:
+        bundle = cls.without_models(path)
+        for name in bundle.manifest["sha256"]:
             bundle.read(name)
         for point in bundle.points if bundle.kind == "split" else ():
             if not point.fit(bundle.code_shape):
                 raise BundleError(f"{path / CODEC} has {point.takes} where {DEVICE} gives {bundle.code_shape}; export the bundle again.")
         return bundle
+
+    @classmethod
+    def without_models(cls, path: Path) -> Bundle:
+        """The bundle in `path`, of which only the manifest has to be there, and the codec tables where `points` is asked for.
+
+        Raises:
+            BundleError: the manifest is missing or altered.
+        """
+        return cls(path, _read_manifest(path / MANIFEST))
 
     def read(self, name: str) -> bytes:
         """The bytes of the file called `name`, checked against the manifest at every read: the folder may have been replaced since it was loaded.
@@ -138,17 +150,26 @@ class Bundle:
         found = fields.get("points") if isinstance(fields, dict) else None
         if not isinstance(found, list) or not 1 <= len(found) <= MAX_POINTS:
             raise BundleError(f"{self.path / CODEC} names no operating points; export the bundle again.")
-        return tuple(CodecTables.from_dict(point) for point in found)
+        points = tuple(CodecTables.from_dict(point) for point in found)
+        if sum(len(point.freqs) << point.precision for point in points) > MAX_SLOTS:
+            raise BundleError(f"{self.path / CODEC} has too many tables for {len(points)} operating points; export the bundle again with fewer.")
+        return points
 
     def session(self, name: str, threads: int) -> ort.InferenceSession:
         """An ONNX Runtime session of the file called `name`.
 
         Raises:
-            BundleError: this kind of bundle has no such file, or it was altered.
+            BundleError: this kind of bundle has no such file, it was altered, cannot be run, or is not what the manifest says.
         """
         if name not in self.manifest["sha256"]:
             raise BundleError(f"{self.path} is {_an(self.kind)} bundle and has no {name}; use a bundle of another kind.")
-        return open_session(self.read(name), threads)
+        session = _opened(str(self.path / name), self.read(name), threads)
+        if (found := _shapes(str(self.path / name), session)) != self.manifest["shapes"][name]:
+            raise BundleError(f"{self.path / name} maps {found['input']} to {found['output']}, unlike its manifest says; export the bundle again.")
+        wanted = tuple(f"tensor({'uint8' if integers else 'float'})" for integers in (name == EDGE and self.kind == "split", name == DEVICE))
+        if (types := (session.get_inputs()[0].type, session.get_outputs()[0].type)) != wanted:
+            raise BundleError(f"{self.path / name} maps a {types[0]} to a {types[1]} where a {wanted[0]} becomes a {wanted[1]}; export the bundle again.")
+        return session
 
 
 def write_bundle(
@@ -177,7 +198,7 @@ def write_bundle(
         contents[CODEC] = (json.dumps({"points": [point.to_dict() for point in points]}, separators=(",", ":"), sort_keys=True) + "\n").encode()
     if set(contents) != set(FILES[kind]):
         raise BundleError(f"{out}: {_an(kind)} bundle holds {', '.join(FILES[kind])}, not {', '.join(sorted(contents)) or 'nothing'}; give exactly those.")
-    shapes = {name: _shapes(name, data) for name, data in sorted(files.items())}
+    shapes = {name: _shapes(name, _opened(name, data, 1)) for name, data in sorted(files.items())}
     _check_fit(out, shapes, preprocessing, len(classes), points)
     manifest: dict[str, Any] = {
         **extra,
@@ -222,17 +243,68 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is not as it was written; export or fetch the bundle again.")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise BundleError(f"{path} is of schema {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; export the bundle again.")
-    if set(manifest.get("sha256", ())) != set(FILES.get(manifest.get("kind", ""), ())):
-        raise BundleError(f"{path} lists other files than a {manifest.get('kind')} bundle has; export the bundle again.")
+    if wrong := _faults(manifest):
+        raise BundleError(f"{path} has no usable {', '.join(wrong)}; export the bundle again.")
+    if set(manifest["sha256"]) != set(FILES[manifest["kind"]]):
+        raise BundleError(f"{path} lists other files than {_an(manifest['kind'])} bundle has; export the bundle again.")
+    _check_fit(path.parent, manifest["shapes"], Preprocessing.from_dict(manifest["preprocessing"]), len(manifest["classes"]), ())
     return manifest
 
 
-def _shapes(name: str, model: bytes) -> dict[str, list[Any]]:
-    """Shapes of a model's one input and one output, without the batch dimension."""
+def _faults(manifest: Mapping[str, Any]) -> list[str]:
+    """Which of the entries that device and edge read are missing or of the wrong kind. Hashes only say that they are as they were written."""
+    kind, shapes, candidate = (manifest.get(name) for name in ("kind", "shapes", "candidate"))
+    known = isinstance(kind, str) and kind in FILES
+    models = [name for name in FILES[str(kind)] if name != CODEC] if known else []
+    good = {
+        "kind": known,
+        "sha256": isinstance(manifest.get("sha256"), dict),
+        "preprocessing": isinstance(manifest.get("preprocessing"), dict),
+        "classes": _is_list(manifest.get("classes"), str),
+        "shapes": isinstance(shapes, dict) and set(shapes) == set(models) and all(_is_shape(shape) for shape in shapes.values()),
+        "candidate": isinstance(candidate, dict) and (kind != "edge-only" or (type(candidate.get("quality")) is int and 1 <= candidate["quality"] <= 100)),
+    }
+    return [name for name, is_good in good.items() if not is_good]
+
+
+def _is_shape(shape: Any) -> bool:
+    ends = [shape.get(end) for end in ("input", "output")] if isinstance(shape, dict) else [None]
+    return all(_is_list(end, int) and min(end) >= 1 and math.prod(end) <= MAX_SYMBOLS for end in ends)
+
+
+def _is_list(value: Any, kind: type) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and bool(value) and all(type(each) is kind for each in value)
+
+
+def _opened(name: str, model: bytes, threads: int) -> ort.InferenceSession:
     try:
-        session = open_session(model, 1)
+        return open_session(model, threads)
     except Exception as error:  # ONNX Runtime raises its own unrelated classes
-        raise BundleError(f"{name} cannot be run by ONNX Runtime ({str(error).splitlines()[0]}); export it again.") from error
+        raise BundleError(f"{name} cannot be run by ONNX Runtime ({_first_line(error)}); export it again.") from error
+
+
+def run_session(session: ort.InferenceSession, batch: NDArray[Any]) -> Any:
+    """What a half of a bundle makes of `batch` (N, ...).
+
+    Raises:
+        BundleError: ONNX Runtime cannot run it, or it gives something else than N of what it should.
+    """
+    output = session.get_outputs()[0]
+    try:
+        found = session.run([output.name], {session.get_inputs()[0].name: batch})[0]
+    except Exception as error:  # ONNX Runtime raises its own unrelated classes
+        raise BundleError(f"the bundle's half that gives {output.name} fails ({_first_line(error)}); export the bundle again.") from error
+    if not isinstance(found, np.ndarray) or list(found.shape) != [len(batch), *output.shape[1:]]:
+        raise BundleError(f"the bundle's half that gives {output.name} gives another shape than it says; export the bundle again.")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _shapes(name: str, session: ort.InferenceSession) -> dict[str, list[Any]]:
+    """Shapes of a model's one input and one output, without the batch dimension."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise BundleError(f"{name} has {len(inputs)} inputs and {len(outputs)} outputs; a half has one of each.")

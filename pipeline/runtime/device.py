@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import BundleError, DataError, FrameError
-from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, Bundle
+from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, Bundle, run_session
 from pipeline.runtime.coder import encode
 from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import Kind, pack, unpack
@@ -27,7 +28,7 @@ Picture = Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Answer:
-    """Logits float32 (classes,), milliseconds by `PARTS`, size of the frame sent (0: none) and the way taken."""
+    """Logits float32 (classes,), milliseconds by `PARTS`, size of the message sent (0: none) and the way taken."""
 
     logits: NDArray[np.float32]
     parts: dict[str, float]
@@ -103,9 +104,11 @@ class DeviceHalf:
         if len(reply.payload) != REPLY_TIMES.size + 4 * len(self._bundle.classes):
             raise FrameError(f"the edge's reply has {len(reply.payload)} bytes, not the logits of {len(self._bundle.classes)} classes; check its version.")
         parts["decode_ms"], parts["edge_ms"] = REPLY_TIMES.unpack_from(reply.payload)
-        parts["link_ms"] = max(0.0, watch.parts["round_trip"] - parts["decode_ms"] - parts["edge_ms"])
         logits = np.frombuffer(reply.payload, dtype="<f4", offset=REPLY_TIMES.size).astype(np.float32)
-        return Answer(logits, _complete(parts), len(frame), self._bundle.kind)
+        if not (np.isfinite(logits).all() and 0 <= parts["decode_ms"] < math.inf and 0 <= parts["edge_ms"] < math.inf):
+            raise FrameError("the edge's reply holds logits or times that are no numbers; check its bundle and its version.")
+        parts["link_ms"] = max(0.0, watch.parts["round_trip"] - parts["decode_ms"] - parts["edge_ms"])
+        return Answer(logits, _complete(parts), transport.message_bytes(frame), self._bundle.kind)
 
     def classify_locally(self, picture: Picture) -> Answer:
         """Classify one picture with device-only.onnx alone.
@@ -154,9 +157,8 @@ class DeviceHalf:
         return pixels
 
     def _infer(self, session: ort.InferenceSession, pixels: NDArray[np.uint8], watch: Stopwatch) -> Any:
-        name = session.get_inputs()[0].name
         with watch.part("device_ms"):
-            return session.run(None, {name: self._bundle.preprocessing.tensor(pixels[None])})[0][0]
+            return run_session(session, self._bundle.preprocessing.tensor(pixels[None]))[0]
 
 
 def _complete(parts: dict[str, float]) -> dict[str, float]:

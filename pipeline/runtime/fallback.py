@@ -66,12 +66,14 @@ class Fallback:
         pixels = self._device.pixels(picture)
         prepared_ms = 1e3 * (self._now_s() - begin_s)
         if begin_s < self._resume_s:
+            self._transport.alone += 1
             return _later(self._locally(pixels), "device_ms", prepared_ms), self._why
         left_ms = self._deadline_ms - prepared_ms
         reserve_ms = RESERVE * max(self._local_ms) + SLACK_MS
         try:
             answer = self._device.classify(pixels, self._transport, left_ms - reserve_ms if reserve_ms < left_ms else left_ms)
         except (EdgeUnreachable, FrameError) as error:
+            self._transport.alone += 1
             self._transport.close()  # what may still come is no answer to the next picture
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures, 16)) * (1 - self._draw() / 2)
             self._failures, self._why, self._resume_s = self._failures + 1, str(error), begin_s + pause_s

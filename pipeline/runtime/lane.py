@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import CoinferError
-from pipeline.runtime.edge import EdgeHalf
+from pipeline.runtime.edge import Asked, EdgeHalf
+from pipeline.runtime.tally import Refusal, Tally
 
 BUSY = "the edge is busy; try again later."
+FAILED = "the edge half failed"
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class Batching:
 
 @dataclass
 class Job:
-    """A frame, whom to tell its reply, whether somebody still waits for that, and when it came (s, `time.perf_counter`)."""
+    """A frame or symbols, whom to tell the reply, whether somebody still waits for that, and when it came (s, `time.perf_counter`)."""
 
-    frame: bytes
+    frame: Asked
     done: Callable[[bytes], None]
     wanted: Callable[[], bool]
     came_s: float = field(default_factory=time.perf_counter)
@@ -45,14 +48,22 @@ class Lane:
         capacity: jobs that may wait; `put` refuses more.
         patience_s: what waited longer is answered busy: its device has gone on without the edge.
         deliver: told, from the lane's thread, all replies of a batch at once.
+        tally: counts them.
     """
 
-    def __init__(self, half: EdgeHalf, batching: Batching, capacity: int, patience_s: float, deliver: Callable[[Finished], None]) -> None:
+    def __init__(
+        self, half: EdgeHalf, batching: Batching, capacity: int, patience_s: float, deliver: Callable[[Finished], None], tally: Tally | None = None
+    ) -> None:
         self._half, self._batching, self._capacity, self._patience_s, self._deliver = half, batching, capacity, patience_s, deliver
+        self._tally = tally or Tally()
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"lane {half.bundle_id.hex()}", daemon=True)
         self._thread.start()
+
+    @property
+    def half(self) -> EdgeHalf:
+        return self._half
 
     @property
     def waiting(self) -> int:
@@ -80,7 +91,7 @@ class Lane:
             try:
                 replies = self._answers(jobs)
             except Exception as error:  # ONNX Runtime raises its own unrelated classes; the next batch may do better
-                replies = [self._half.refusal(f"the edge half failed ({error!r}); look at the edge.")] * len(jobs)
+                replies = [self._refusal(Refusal.FAILED, f"{FAILED} ({error!r}); look at the edge.") for _ in jobs]
             self._deliver(list(zip(jobs, replies, strict=True)))
 
     def _answers(self, jobs: Sequence[Job]) -> list[bytes]:
@@ -92,19 +103,32 @@ class Lane:
         for index, job in enumerate(jobs):
             start_s = time.perf_counter()
             if start_s - job.came_s > self._patience_s or not job.wanted():
-                replies[index] = half.refusal(BUSY)
+                replies[index] = self._refusal(Refusal.BUSY, BUSY)
                 continue
             try:
                 opened[index] = half.open(job.frame), 1e3 * (time.perf_counter() - start_s)
             except CoinferError as error:
-                replies[index] = half.refusal(str(error))
+                replies[index] = self._refusal(Refusal.FRAME, str(error))
         if opened:
             batch = [array for array, _ in opened.values()]
+            start_s = time.perf_counter()
             logits = half.run(np.concatenate(batch) if len(batch) > 1 else batch[0])
             end_s = time.perf_counter()
-            for row, (index, (_, decode_ms)) in zip(logits, opened.items(), strict=True):
-                replies[index] = half.reply(row, decode_ms, 1e3 * (end_s - jobs[index].came_s) - decode_ms)
+            decodes_ms = [decode_ms for _, decode_ms in opened.values()]
+            stays_ms = [1e3 * (end_s - jobs[index].came_s) for index in opened]
+            for row, index, decode_ms, stay_ms in zip(logits, opened, decodes_ms, stays_ms, strict=True):
+                replies[index] = half.reply(row, decode_ms, stay_ms - decode_ms)
+            self._count(logits, decodes_ms, stays_ms, 1e3 * (end_s - start_s))
         return [replies[index] for index in range(len(jobs))]
+
+    def _count(self, logits: NDArray[np.float32], decodes_ms: Sequence[float], stays_ms: Sequence[float], edge_ms: float) -> None:
+        waits_ms = [max(0.0, stay_ms - decode_ms - edge_ms) for stay_ms, decode_ms in zip(stays_ms, decodes_ms, strict=True)]
+        confidences = 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+        self._tally.batch(self._half.bundle_id, waits_ms, decodes_ms, edge_ms, confidences.tolist())
+
+    def _refusal(self, reason: Refusal, text: str) -> bytes:
+        self._tally.refused(reason)
+        return self._half.refusal(text)
 
     def _gather(self) -> list[Job]:
         """The next batch; none at the end."""

@@ -24,7 +24,8 @@ IMAGE_FORMATS = {
     "WEBP": (".webp",),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
-MOST_ASPECT = 64  # of what is resized before the crop; what is longer loses its ends first, or a strip could fill the memory
+MOST_ASPECT = 64  # of what is resized before the crop; of what is longer only the square is made, or a strip could fill the memory
+MOST_PIXELS = 4096  # of a side: an image becomes twelve bytes for each pixel of the square
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -42,7 +43,8 @@ def open_image(path: Path) -> Image.Image:
 class Preprocessing:
     """RGB, shorter side to `image_size` (Pillow bilinear, antialiased), centre crop, then (x/255 - mean)/std per channel.
 
-    Of 16-bit greys the upper 8 bits count.
+    To the pixel what torchvision's Resize and CenterCrop give of a PIL image, for backbones trained with those; of strips longer than `MOST_ASPECT` within
+    one level. Of 16-bit greys the upper 8 bits count.
     """
 
     image_size: int
@@ -58,15 +60,16 @@ class Preprocessing:
         upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         size = self.image_size
         width, height = upright.size
-        if max(width, height) > MOST_ASPECT * min(width, height):
-            across, along = (max(0, side - MOST_ASPECT * min(width, height)) // 2 for side in (width, height))
-            upright = upright.crop((across, along, width - across, height - along))
-            width, height = upright.size
         if (width, height) != (size, size):
             short = min(width, height)
-            width, height = ((2 * side * size + short) // (2 * short) for side in (width, height))
-            left, top = (width - size) // 2, (height - size) // 2
-            upright = upright.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+            across, along = size * width // short, size * height // short
+            left, top = round((across - size) / 2), round((along - size) / 2)
+            square = left, top, left + size, top + size
+            if max(width, height) > MOST_ASPECT * short:
+                box = (left * width / across, top * height / along, square[2] * width / across, square[3] * height / along)
+                upright = upright.resize((size, size), Image.Resampling.BILINEAR, box)
+            else:
+                upright = upright.resize((across, along), Image.Resampling.BILINEAR).crop(square)
         return np.ascontiguousarray(np.asarray(upright, dtype=np.uint8).transpose(2, 0, 1))
 
     def tensor(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -90,13 +93,15 @@ class Preprocessing:
             BundleError: a key is missing, of the wrong kind or out of range.
         """
         try:
-            mean, std = (tuple(float(value) for value in fields[key]) for key in ("mean", "std"))
-            size = int(fields["image_size"])
-            if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or size < 1:
-                raise ValueError("mean and std are three numbers, std and image_size positive")
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"preprocessing {dict(fields)} cannot be used ({error!r}); export the bundle again.") from error
-        return cls(size, mean, std)
+            mean, std, size = fields["mean"], fields["std"], fields["image_size"]
+            numbers = [float(value) for value in (*mean, *std) if type(value) in (int, float)]
+            if (len(mean), len(std), len(numbers)) != (3, 3, 6) or not all(abs(value) < 1e6 for value in numbers) or min(std) < 1e-6:
+                raise ValueError("mean and std are three numbers each, std positive")
+            if type(size) is not int or not 1 <= size <= MOST_PIXELS:
+                raise ValueError(f"image_size is between 1 and {MOST_PIXELS}")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise BundleError(f"preprocessing cannot be used ({error!r}); export the bundle again.") from error
+        return cls(size, (numbers[0], numbers[1], numbers[2]), (numbers[3], numbers[4], numbers[5]))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -8,24 +8,26 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
-from pipeline.errors import CoinferError, FrameError
+from pipeline.errors import CoinferError
 from pipeline.runtime.bundle import Bundle
-from pipeline.runtime.edge import EdgeHalf
-from pipeline.runtime.frame import HEADER_BYTES, OVERHEAD_BYTES, Kind, frame_bytes, pack
+from pipeline.runtime.connection import Client, refusal
+from pipeline.runtime.edge import Asked, EdgeHalf
+from pipeline.runtime.guard import EdgeKeys, edge_keys
 from pipeline.runtime.lane import BUSY, Batching, Finished, Job, Lane
 from pipeline.runtime.shelf import Shelf
+from pipeline.runtime.tally import Refusal, Tally
 
 START_TIMEOUT_S = 60.0
 SWEEP_S = 1.0
-PARTING_S = 1.0
+HANDSHAKE_S = 10.0
 LOOK_S = 1.0
 DRAIN_S = 30.0
-NOBODY = bytes(4)  # the bundle id of what a server says that runs several
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Limits:
         payload_bytes: of one frame.
         connections: open at once; more are told so and closed.
         waiting: frames in the queue of a bundle; more are answered "busy" at once.
-        per_second: frames of one address, on average; a burst of as many is let through.
+        per_second: frames of one device, or without keys of one address, on average; a burst of as many is let through.
         idle_s: after which a silent connection is closed.
         partial_s: within which a frame that has begun has to be complete.
         patience_s: after which a frame that waits is answered "busy".
@@ -67,43 +69,89 @@ class Bucket:
         return True
 
 
+class Asker(Protocol):
+    """Whoever sent a frame; `name` is who that is, as far as it is known for sure."""
+
+    @property
+    def name(self) -> str: ...
+
+    def told(self, reply: bytes) -> None:
+        """The reply frame, once, on the event loop."""
+        ...
+
+    def is_there(self) -> bool:
+        """Whether it still waits; asked from any thread."""
+        ...
+
+
+class Front(Protocol):
+    """Another way in than TCP: hands what it is asked to the server's `take` or `put`."""
+
+    async def start(self, server: EdgeServer) -> None:
+        """Take requests from now on.
+
+        Raises:
+            CoinferError: the address cannot be bound.
+        """
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more, and return once those under way are answered, or given up after `grace_s`. May be called before `start`, and again with less."""
+        ...
+
+
 class EdgeServer:
     """Serves bundles that are added and removed while it runs; all but `Lane` work happens on the event loop."""
 
-    def __init__(self, batching: Batching, limits: Limits) -> None:
-        self.batching, self.limits = batching, limits
+    def __init__(self, batching: Batching, limits: Limits, keys: EdgeKeys | None = None, fronts: Sequence[Front] = ()) -> None:
+        self.batching, self.limits, self.keys, self.fronts = batching, limits, keys, fronts
+        self.tally = Tally()
         self.lanes: dict[bytes, Lane] = {}
         self.clients: set[Client] = set()
         self.buckets: dict[str, Bucket] = {}
         self.is_stopping = False
+        self.beat_s = time.perf_counter()
         self._stopped, self._hurried = asyncio.Event(), asyncio.Event()
         self.loop: asyncio.AbstractEventLoop
 
     def add(self, half: EdgeHalf) -> None:
         """Answer frames of its bundle from now on."""
         if half.bundle_id not in self.lanes:
-            self.lanes[half.bundle_id] = Lane(half, self.batching, self.limits.waiting, self.limits.patience_s, self._delivered)
+            self.lanes[half.bundle_id] = Lane(half, self.batching, self.limits.waiting, self.limits.patience_s, self._delivered, self.tally)
 
     def remove(self, bundle_id: bytes) -> None:
         """Refuse frames of that bundle from now on; those that wait are answered."""
         self.lanes.pop(bundle_id).close()
 
-    def take(self, frame: bytes, client: Client) -> None:
-        """Queue a whole frame, or refuse it at once; either way `client` is told once."""
-        bundle_id, now_s = frame[1:5], time.perf_counter()
-        bucket = self.buckets.setdefault(client.address, Bucket(self.limits.per_second, now_s))
+    def take(self, frame: bytes, asker: Asker) -> None:
+        """Queue a whole frame, or refuse it at once; either way `asker` is told once."""
+        self.put(frame[1:5], frame, asker)
+
+    def put(self, bundle_id: bytes, frame: Asked, asker: Asker) -> None:
+        """Like `take`, for that bundle whatever the frame says."""
+        now_s = time.perf_counter()
+        bucket = self.buckets.setdefault(asker.name, Bucket(self.limits.per_second, now_s))
         if not bucket.take(self.limits.per_second, now_s):
-            client.told(refusal(f"more than {self.limits.per_second:g} frames a second from one address; send fewer.", bundle_id))
+            reason, text = Refusal.RATE, f"more than {self.limits.per_second:g} frames a second from {asker.name}; send fewer."
         elif (lane := self.lanes.get(bundle_id)) is None:
             known = ", ".join(sorted(each.hex() for each in self.lanes)) or "none"
-            client.told(refusal(f"frame is for bundle {bundle_id.hex()}, this edge runs {known}; give device and edge the same bundle.", bundle_id))
-        elif not lane.put(Job(frame, client.told, client.is_there, now_s)):
-            client.told(refusal(BUSY, bundle_id))
+            reason, text = Refusal.BUNDLE, f"frame is for bundle {bundle_id.hex()}, this edge runs {known}; give device and edge the same bundle."
+        elif lane.put(Job(frame, asker.told, asker.is_there, now_s)):
+            return
+        else:
+            reason, text = Refusal.BUSY, BUSY
+        self.tally.refused(reason)
+        asker.told(refusal(text, bundle_id))
 
     def stop(self) -> None:
         """Answer what waits and end; told again, end at once."""
         (self._hurried if self.is_stopping else self._stopped).set()
         self.is_stopping = True
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether frames are taken."""
+        return bool(self.lanes) and not self.is_stopping
 
     def _delivered(self, finished: Finished) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended before its lanes
@@ -121,11 +169,14 @@ class EdgeServer:
         for number in signals:
             self.loop.add_signal_handler(number, self.stop)
         try:
-            server = await self.loop.create_server(lambda: Client(self), host, port, backlog=1024)
+            tls, handshake_s = (self.keys.context, HANDSHAKE_S) if self.keys else (None, None)
+            server = await self.loop.create_server(lambda: Client(self), host, port, backlog=1024, ssl=tls, ssl_handshake_timeout=handshake_s)
         except (OSError, OverflowError, UnicodeError) as error:
             raise CoinferError(f"edge cannot listen on {host}:{port} ({error}); choose another port or address.") from error
         tasks = [self.loop.create_task(self._sweep()), self.loop.create_task(self._follow(shelf))]
         try:
+            for front in self.fronts:
+                await front.start(self)
             announce(server.sockets[0].getsockname()[1])
             await self._stopped.wait()
         finally:
@@ -138,10 +189,15 @@ class EdgeServer:
         self.is_stopping = True
         for client in list(self.clients):
             client.close_when_idle()
+        stopping = [self.loop.create_task(front.stop(DRAIN_S)) for front in self.fronts]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                while self.clients and not self._hurried.is_set():
+                while (self.clients or not all(task.done() for task in stopping)) and not self._hurried.is_set():
                     await asyncio.sleep(0.01)
+        for front in self.fronts:
+            await front.stop(0)
+        for task in stopping:
+            await task
         for client in list(self.clients):
             client.transport.abort()
         for bundle_id in list(self.lanes):
@@ -163,7 +219,7 @@ class EdgeServer:
         """Close silent connections, and forget addresses whose bucket is full again."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            now_s = time.perf_counter()
+            now_s = self.beat_s = time.perf_counter()
             for client in list(self.clients):
                 client.sweep(now_s)
             self.buckets = {address: bucket for address, bucket in self.buckets.items() if now_s - bucket.filled_s < 1 + SWEEP_S}
@@ -172,124 +228,6 @@ class EdgeServer:
 def _tell(finished: Finished) -> None:
     for job, reply in finished:
         job.done(reply)
-
-
-def refusal(reason: str, bundle_id: bytes = NOBODY) -> bytes:
-    return pack(reason.encode(), bundle_id, Kind.ERROR)
-
-
-class Client(asyncio.Protocol):
-    """One connection: its frames are answered one after another, in their order."""
-
-    transport: asyncio.Transport
-
-    def __init__(self, server: EdgeServer) -> None:
-        self.server = server
-        self.address = ""
-        self._buffer = bytearray()
-        self._is_busy = self._is_paused = self._is_unread = self._is_ending = self._is_parting = False
-        self._heard_s = self._began_s = time.perf_counter()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self.address = str((transport.get_extra_info("peername") or ("",))[0])
-        if self.server.is_stopping:
-            transport.close()
-        elif len(self.server.clients) >= self.server.limits.connections:
-            transport.write(refusal("the edge has too many connections; try again later."))
-            transport.close()
-        else:
-            self.server.clients.add(self)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.server.clients.discard(self)
-
-    def is_there(self) -> bool:
-        return not self.transport.is_closing()
-
-    def data_received(self, data: bytes) -> None:
-        if self._is_parting or not self.is_there():
-            return
-        self._heard_s = time.perf_counter()
-        if not self._buffer:
-            self._began_s = self._heard_s
-        self._buffer += data
-        self._next()
-        if len(self._buffer) > self._most_bytes:
-            self._is_paused = True
-            self.transport.pause_reading()
-
-    @property
-    def _most_bytes(self) -> int:
-        return self.server.limits.payload_bytes + OVERHEAD_BYTES
-
-    def _next(self) -> None:
-        """Take the next frame, if it is there and it is time."""
-        if self._is_busy or self._is_unread or self._is_parting or not self.is_there():
-            return
-        need = HEADER_BYTES
-        if len(self._buffer) >= HEADER_BYTES:
-            try:
-                need = frame_bytes(bytes(self._buffer[:HEADER_BYTES]))
-            except FrameError as error:  # where the next frame begins is unknown now
-                return self._part(str(error))
-            if need > self._most_bytes:
-                return self._part(f"payload of {need - OVERHEAD_BYTES} bytes is more than this edge takes; send at most {self.server.limits.payload_bytes}.")
-        if len(self._buffer) >= need:
-            frame = bytes(self._buffer[:need])
-            del self._buffer[:need]
-            self._is_busy = True
-            self.server.take(frame, self)
-        elif self._is_ending:
-            self.transport.close()
-        if self._is_paused and len(self._buffer) <= self._most_bytes:
-            self._is_paused = False
-            self.transport.resume_reading()
-
-    def told(self, reply: bytes) -> None:
-        """The answer to the frame that was taken last."""
-        self._is_busy = False
-        if self.is_there():
-            self._heard_s = self._began_s = time.perf_counter()
-            self.transport.write(reply)
-            self.server.loop.call_soon(self._next)
-
-    def pause_writing(self) -> None:
-        """A client that reads no replies gets no more of them."""
-        self._is_unread = True
-
-    def resume_writing(self) -> None:
-        self._is_unread = False
-        self._next()
-
-    def eof_received(self) -> bool:
-        """Stay open to answer what came before the end."""
-        if self._is_parting:
-            self.transport.close()
-        self.close_when_idle()
-        return True
-
-    def close_when_idle(self) -> None:
-        """Once all frames that are there are answered."""
-        self._is_ending = True
-        self._next()
-
-    def sweep(self, now_s: float) -> None:
-        silent, slow = now_s - self._heard_s > self.server.limits.idle_s, self._buffer and now_s - self._began_s > self.server.limits.partial_s
-        if not self._is_busy and (silent or slow):
-            self.transport.abort()
-
-    def _part(self, reason: str) -> None:
-        """Close so that the last word arrives: the client may still be sending, and what is not read would reset the connection."""
-        self._is_parting = True
-        self._buffer.clear()
-        if self._is_paused:
-            self.transport.resume_reading()
-        self.transport.write(refusal(reason))
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.server.loop.call_later(PARTING_S, self.transport.abort)
 
 
 def serve(
@@ -301,19 +239,23 @@ def serve(
     slowdown: float = 1.0,
     batching: Batching | None = None,
     limits: Limits | None = None,
+    keys: Path | None = None,
+    fronts: Sequence[Front] = (),
     announce: Callable[[int], object] = lambda port: print(f"edge listens on port {port}", flush=True),
     signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
-) -> None:
+) -> Tally:
     """Answer device halves of the bundle in `path`, or of those that this folder holds meanwhile (see `Shelf`), until one of `signals`.
 
-    Port 0 takes a free one; `announce` is told which.
+    Port 0 takes a free one; `announce` is told which. `fronts` are started beside TCP. Returns what was counted.
 
     Raises:
         BundleError: no bundle can be served.
+        KeysError: those in the folder `keys` cannot be used, or there are none and `host` is no loopback address (see `guard`).
         CoinferError: the address cannot be bound.
     """
-    server = EdgeServer(batching or Batching(), limits or Limits())
+    server = EdgeServer(batching or Batching(), limits or Limits(), edge_keys(keys, host), fronts)
     asyncio.run(server.serve(Shelf(path, threads, slowdown), host, port, announce, signals))
+    return server.tally
 
 
 @contextlib.contextmanager

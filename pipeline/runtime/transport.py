@@ -5,17 +5,21 @@ from __future__ import annotations
 import queue
 import select
 import socket
+import ssl
 import threading
 import time
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pipeline.costs.link import Link, Serialiser, wire_bytes
 from pipeline.errors import CoinferError
-from pipeline.runtime.address import parse_address
-from pipeline.runtime.frame import HEADER_BYTES, frame_bytes
+from pipeline.runtime.framing import Compact, Framing, Whole
+from pipeline.runtime.hello import Hello
 
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 60.0
+TLS_RECORD_BYTES, TLS_OVERHEAD_BYTES = 1 << 14, 22  # of TLS 1.3: header, content type, tag
+WHOLE = Whole()
 
 
 class EdgeUnreachable(CoinferError):
@@ -25,7 +29,13 @@ class EdgeUnreachable(CoinferError):
 class Transport(Protocol):
     """Carries one frame to an edge half and brings its reply, or raises EdgeUnreachable once `timeout_s` are over."""
 
+    alone: int  # pictures that went without the edge, to be told it
+
     def request(self, frame: bytes, timeout_s: float = REPLY_TIMEOUT_S) -> bytes: ...
+
+    def message_bytes(self, frame: bytes) -> int:
+        """What a frame takes, before the headers of TCP/IP."""
+        ...
 
     def close(self) -> None: ...
 
@@ -79,6 +89,8 @@ class FrameHandler(Protocol):
 class LoopbackTransport:
     """The edge half in this very process, for tests and for trying a bundle without a server."""
 
+    alone = 0
+
     def __init__(self, edge: FrameHandler, link: Link | None = None, clock: Clock | None = None) -> None:
         self._edge = edge
         self._link = EmulatedLink(link, clock) if link else None
@@ -91,6 +103,9 @@ class LoopbackTransport:
             self._link.down(len(reply))
         return reply
 
+    def message_bytes(self, frame: bytes) -> int:
+        return len(frame)
+
     def close(self) -> None:
         pass
 
@@ -99,22 +114,22 @@ class TcpTransport:
     """One persistent connection to `serve`, with `link` emulated on top where given.
 
     The connection is opened by the first request and again after a failure.
+
+    Args:
+        hello: what is said first on each connection, and whether frames are compact; None: nothing, and whole ones.
+        tls: how the connection is secured; None: not at all.
     """
 
-    def __init__(self, host: str, port: int, link: Link | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self, host: str, port: int, link: Link | None = None, clock: Clock | None = None, *, hello: Hello | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._address = (host, port)
         self._link = EmulatedLink(link, clock) if link else None
+        self._hello, self._tls = hello, tls
+        self._framing: Framing = Compact(hello.bundle_id) if hello and hello.compact else WHOLE
         self._socket: socket.socket | None = None
         self._resolved: list[tuple[socket.AddressFamily, Any]] = []
-
-    @classmethod
-    def at(cls, address: str) -> TcpTransport:
-        """The transport to `HOST:PORT`.
-
-        Raises:
-            ParamsError: `address` is not of that form.
-        """
-        return cls(*parse_address(address, "127.0.0.1:7070"))
+        self.alone = 0
 
     def request(self, frame: bytes, timeout_s: float = REPLY_TIMEOUT_S) -> bytes:
         """Send one frame and wait for its reply; an emulated link's waits come on top of the timeout.
@@ -123,48 +138,57 @@ class TcpTransport:
             EdgeUnreachable: no connection, or it broke, or no whole reply came in time; after a break one new connection is tried.
             FrameError: what came back does not begin like a frame.
         """
+        message = self._framing.outgoing(frame)
         if self._link:
-            self._link.up(len(frame))
+            self._link.up(len(message))
         if self._socket is not None and _has_more(self._socket):
             self.close()  # it has ended, or holds what would be taken for the next reply
         kept = self._socket is not None
         end_s = time.monotonic() + timeout_s
         try:
-            reply = self._exchange(frame, end_s)
-        except ConnectionError as error:
+            reply = self._exchange(message, end_s)
+        except (ConnectionError, ssl.SSLEOFError) as error:
             if not kept:
                 raise self._unreachable(error) from error
-            reply = self._again(frame, end_s)  # an edge that restarted or tired of waiting has dropped the old connection
+            reply = self._again(message, end_s)  # an edge that restarted or tired of waiting has dropped the old connection
         except OSError as error:
             raise self._unreachable(error) from error
         if self._link:
             self._link.down(len(reply))
-        return reply
+        return self._framing.incoming(reply)
+
+    def message_bytes(self, frame: bytes) -> int:
+        length = len(self._framing.outgoing(frame))
+        return length + TLS_OVERHEAD_BYTES * -(-length // TLS_RECORD_BYTES) if self._tls else length
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
-    def _again(self, frame: bytes, end_s: float) -> bytes:
+    def _again(self, message: bytes, end_s: float) -> bytes:
         try:
-            return self._exchange(frame, end_s)
+            return self._exchange(message, end_s)
         except OSError as error:
             raise self._unreachable(error) from error
 
-    def _exchange(self, frame: bytes, end_s: float) -> bytes:
+    def _exchange(self, message: bytes, end_s: float) -> bytes:
+        greeting, alone = b"", 0
         try:
             if self._socket is None:
                 self._socket = self._connect(end_s)
+                if self._hello:
+                    greeting, alone = replace(self._hello, alone=self.alone).pack(), self.alone
             self._socket.settimeout(_left_s(end_s))
-            self._socket.sendall(frame)
-            reply = receive_frame(self._socket, end_s)
+            self._socket.sendall(greeting + message)
+            reply = receive_message(self._socket, self._framing, end_s)
         except BaseException:
             self.close()  # whatever is still under way would be taken for the next reply
             raise
         if reply is None:
             self.close()
             raise ConnectionResetError("it closed the connection")
+        self.alone -= alone
         return reply
 
     def _connect(self, end_s: float) -> socket.socket:
@@ -175,6 +199,9 @@ class TcpTransport:
                 connection.settimeout(min(CONNECT_TIMEOUT_S, _left_s(end_s)))
                 connection.connect(address)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._tls:
+                    connection.settimeout(min(CONNECT_TIMEOUT_S, _left_s(end_s)))
+                    connection = self._tls.wrap_socket(connection, server_hostname=self._address[0])
                 return connection
             except OSError as error:
                 connection.close()
@@ -205,30 +232,53 @@ class TcpTransport:
 
     def _unreachable(self, error: OSError) -> EdgeUnreachable:
         host, port = self._address
-        return EdgeUnreachable(f"edge {host}:{port} does not answer ({error}); start it with `coinfer edge` or check the address.")
+        if isinstance(error, ssl.SSLError):
+            reason = getattr(error, "verify_message", "") or error.reason or str(error)
+            return EdgeUnreachable(
+                f"edge {host}:{port} and this device do not trust each other ({reason}); look at the dates and names in the keys; `coinfer keys` makes others."
+            )
+        checks = "check address and keys" if self._tls else "check the address"
+        return EdgeUnreachable(f"edge {host}:{port} does not answer ({error}); start it with `coinfer edge` or {checks}.")
 
 
 def receive_frame(connection: socket.socket, end_s: float | None = None) -> bytes | None:
-    """The bytes of the next frame, unchecked beyond its header; None where the sender has closed between frames.
+    """`receive_message` of whole frames, unchecked beyond their headers."""
+    return receive_message(connection, WHOLE, end_s)
+
+
+def receive_message(connection: socket.socket, framing: Framing, end_s: float | None = None) -> bytes | None:
+    """The bytes of the next message; None where the sender has closed between messages.
 
     All of it has to come before the moment `end_s` of `time.monotonic`; without one, each part within the connection's own timeout.
 
     Raises:
-        FrameError: no frame begins like this.
-        OSError: the connection broke or timed out; also when it closed inside a frame.
+        FrameError: no message begins like this.
+        OSError: the connection broke or timed out; also when it closed inside a message.
     """
-    header = _receive(connection, HEADER_BYTES, end_s)
-    if not header:
-        return None
-    rest = _receive(connection, frame_bytes(header) - HEADER_BYTES, end_s)
-    return header + rest
+    data = b""
+    while len(data) < (need := framing.need(data)):
+        if not (more := _receive(connection, need - len(data), end_s)):
+            if not data:
+                return None
+            raise ConnectionResetError("it closed the connection inside a frame")
+        data += more
+    return data
 
 
 def _has_more(connection: socket.socket) -> bool:
     """Whether something, be it the end, is there to be read."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
-    return bool(poll.poll(0))
+    if not isinstance(connection, ssl.SSLSocket) or not (poll.poll(0) or connection.pending()):
+        return bool(poll.poll(0))
+    connection.settimeout(0)
+    try:
+        connection.recv(1)
+    except ssl.SSLWantReadError:  # what came was for TLS itself
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _left_s(end_s: float) -> float:

@@ -42,7 +42,8 @@ def test_a_report_before_any_run_says_what_to_run(workdir):
 
 
 @pytest.mark.parametrize(
-    "command", ["prepare", "pretrain", "profile", "search", "finetune", "export", "evaluate", "report", "params", "edge", "device", "link", "profile-agent"]
+    "command",
+    ["prepare", "pretrain", "profile", "search", "finetune", "export", "evaluate", "report", "params", "edge", "device", "link", "profile-agent", "bundle"],
 )
 def test_every_command_has_help(command, workdir):
     run = coinfer(command, "--help", cwd=workdir)

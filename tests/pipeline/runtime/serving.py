@@ -18,6 +18,7 @@ from pipeline.runtime.transport import receive_frame
 class Running:
     server: EdgeServer
     port: int
+    grpc_port: int = 0
 
     def connect(self) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), 10)

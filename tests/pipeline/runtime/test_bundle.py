@@ -1,15 +1,19 @@
+import functools
 import json
 import os
 import shutil
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
+from benchmarks.fuzz_inputs import rehashed
 from pipeline.errors import BundleError, CoinferError
 from pipeline.runtime.bundle import CODEC, DEVICE, DEVICE_ONLY, EDGE, FILES, MANIFEST, Bundle
 from pipeline.runtime.coder import build_tables
 from pipeline.runtime.context import fit_contexts
 from pipeline.runtime.preprocess import Preprocessing
+from tests.pipeline.runtime.conftest import model
 
 
 @pytest.mark.parametrize("kind", sorted(FILES))
@@ -65,6 +69,75 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
         (tmp_path / MANIFEST).write_text(text)
         with pytest.raises(BundleError, match=MANIFEST):
             Bundle.load(tmp_path)
+
+
+NONSENSE = {
+    "kind": [None, 1, [], {}, "whole", "edge-only"],
+    "sha256": [None, 7, True, [*FILES["split"]], {}, "device.onnx"],
+    "shapes": [None, [], {}, {EDGE: {"input": [2, 4, 4]}}],
+    "classes": [None, [], 3, "abc", [1, 2, 3], ["ant"]],
+    "preprocessing": [None, [], 5, "nothing", {}],
+    "candidate": [None, [], "webp"],
+    "shapes edge.onnx": [None, 3, [], {}, {"input": 4, "output": [3]}, {"input": [2, 4], "output": [3]}, {"input": [2, 4, 4], "output": [4]}],
+    "shapes edge.onnx input": [[2, 1 << 32, 1 << 32], [2, 4, -4], [2, 4, 4.0], [2, True, 4]],
+    "preprocessing image_size": [0, 10**6, "8", True, None, 9],
+    "preprocessing mean": [[0, 0], 3, "abc", ["0", "0", "0"], [10**400, 0, 0], [1e300, 0, 0]],
+    "preprocessing std": [[1, 1, 0], [1, 1, 1e-300], [True, 1, 1]],
+}
+
+
+@pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in NONSENSE.items() for value in values])
+def test_a_manifest_that_fits_its_hashes_and_says_nonsense_is_refused(make_bundle, place, value):
+    path = make_bundle().path / MANIFEST
+    manifest = json.loads(path.read_bytes())
+    *holders, last = place.split()
+    functools.reduce(dict.__getitem__, holders, manifest)[last] = value
+    path.write_bytes(rehashed({MANIFEST: json.dumps(manifest).encode()})[MANIFEST])
+    with pytest.raises(BundleError, match=r"export (the bundle|it) again"):
+        Bundle.load(path.parent)
+
+
+@pytest.mark.parametrize("quality", [None, 0, 101, "60", True])
+def test_an_edge_only_bundle_without_a_quality_is_refused(make_bundle, quality):
+    with pytest.raises(BundleError, match="no usable candidate"):
+        make_bundle("edge-only", quality=quality)
+
+
+def test_operating_points_whose_tables_would_fill_the_memory_are_refused(make_bundle):
+    bundle = make_bundle()
+    table = bundle.points[0].to_dict() | {"precision": 14, "bits": 1, "freqs": [[1 << 13, 1 << 13]] * (1 << 12), "embedded": False}
+    (bundle.path / CODEC).write_text(json.dumps({"points": [table] * 3}))
+    for name, data in rehashed({path.name: path.read_bytes() for path in bundle.path.iterdir()}).items():
+        (bundle.path / name).write_bytes(data)
+    with pytest.raises(BundleError, match="too many tables for 3 operating points"):
+        Bundle.load(bundle.path)
+
+
+def test_a_half_that_is_not_what_the_manifest_says_is_not_run(make_bundle):
+    for changes, message in (
+        ({DEVICE: numbers_of((2, 4, 4), TensorProto.FLOAT)}, r"device\.onnx maps a tensor\(float\) to a tensor\(float\) where"),
+        ({DEVICE: numbers_of((2, 4, 5), TensorProto.UINT8)}, r"device\.onnx maps .* unlike its manifest says"),
+        ({DEVICE: b"nothing"}, r"device\.onnx cannot be run by ONNX Runtime"),
+    ):
+        bundle = make_bundle()
+        for name, data in rehashed({path.name: path.read_bytes() for path in bundle.path.iterdir()} | changes).items():
+            (bundle.path / name).write_bytes(data)
+        with pytest.raises(BundleError, match=message):
+            Bundle.load(bundle.path).session(DEVICE, 1)
+
+
+def numbers_of(shape: tuple[int, ...], kind: int) -> bytes:
+    """A model that cuts numbers out of the image."""
+    node = helper.make_node
+    nodes = [
+        node("Flatten", ["image"], ["flat"]),
+        node("Slice", ["flat", "from", "to", "axis"], ["some"]),
+        node("Reshape", ["some", "shape"], ["code"]),
+        node("Cast", ["code"], ["symbols"], to=kind),
+    ]
+    numbers = {"from": [0], "to": [int(np.prod(shape))], "axis": [1], "shape": [-1, *shape]}
+    inputs, outputs = ("image", TensorProto.FLOAT, ["batch", 3, 8, 8]), ("symbols", kind, ["batch", *shape])
+    return model(nodes, inputs, outputs, **{name: np.array(value, np.int64) for name, value in numbers.items()})
 
 
 def test_a_bundle_of_another_schema_says_so(make_bundle, monkeypatch):

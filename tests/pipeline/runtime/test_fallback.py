@@ -21,6 +21,8 @@ from pipeline.runtime.transport import EdgeUnreachable, LoopbackTransport, TcpTr
 class Flaky:
     """An edge in this process that is away while `away`, which costs a device on `clock` all the time it gives; counts the requests it sees."""
 
+    alone, message_bytes = 0, staticmethod(len)
+
     def __init__(self, bundle, clock=None) -> None:
         self.inner, self.away, self.requests, self.timeouts_s = LoopbackTransport(EdgeHalf(bundle)), False, 0, []
         self.clock = clock

@@ -1,7 +1,9 @@
 """Device and edge half together: in one process, in two, and with what a hostile or mistaken peer may send."""
 
 import io
+import math
 import socket
+import struct
 import subprocess
 import sys
 
@@ -121,6 +123,8 @@ def test_halves_of_different_bundles_refuse_each_other(make_bundle, picture):
 class Replies:
     """An edge that answers whatever it is told to."""
 
+    alone, message_bytes = 0, staticmethod(len)
+
     def __init__(self, reply: bytes) -> None:
         self.reply = reply
 
@@ -131,6 +135,9 @@ class Replies:
         pass
 
 
+NO_ANSWERS = [(math.nan, 0, 0, 0, 0), (0, math.inf, 0, 0, 0), (-1, 0, 0, 0, 0), (0, 0, 1, math.nan, 0), (0, 0, 0, 0, math.inf), (0, 0, -math.inf, 0, 0)]
+
+
 def test_a_device_refuses_replies_that_cannot_be_its_own(make_bundle, picture):
     bundle = make_bundle()
     device = DeviceHalf(bundle)
@@ -138,6 +145,7 @@ def test_a_device_refuses_replies_that_cannot_be_its_own(make_bundle, picture):
         (pack(bytes(20), b"abcd", Kind.REPLY), "same bundle"),
         (pack(bytes(20), bundle.bundle_id, Kind.IMAGE), "same bundle"),
         (pack(bytes(24), bundle.bundle_id, Kind.REPLY), "3 classes"),
+        *((pack(struct.pack("<5f", *numbers), bundle.bundle_id, Kind.REPLY), "no numbers") for numbers in NO_ANSWERS),
         (pack(b"\xff\xfe", bundle.bundle_id, Kind.ERROR), "the edge refused"),
         (b"noise", "cut short"),
     ):

@@ -23,8 +23,8 @@ def test_the_centre_of_the_resized_image_is_kept(width, height):
     assert pixels.shape == (3, 8, 8)
     assert pixels.dtype == np.uint8
     short = min(width, height)
-    scaled = Image.fromarray(noise(width, height)).resize((int(width * 8 / short + 0.5), int(height * 8 / short + 0.5)), Image.Resampling.BILINEAR)
-    left, top = (scaled.width - 8) // 2, (scaled.height - 8) // 2
+    scaled = Image.fromarray(noise(width, height)).resize((width * 8 // short, height * 8 // short), Image.Resampling.BILINEAR)
+    left, top = round((scaled.width - 8) / 2), round((scaled.height - 8) / 2)
     assert np.array_equal(pixels, np.asarray(scaled)[top : top + 8, left : left + 8].transpose(2, 0, 1))
 
 

@@ -43,7 +43,7 @@ def test_a_frame_larger_than_the_limit_is_refused_and_its_sender_hears_why(run, 
     running, [frame] = run(bundle, limits=Limits(payload_bytes=1_000)), frames_of(bundle, 1)
     with running.connect() as connection:
         connection.sendall(pack(bytes(4_000_000), bundle.bundle_id, Kind.SYMBOLS))
-        assert "payload of 4000000 bytes is more than this edge takes; send at most 1000" in said(receive_frame(connection))
+        assert "4000013 bytes carries more than this edge takes; send payloads of at most 1000" in said(receive_frame(connection))
         assert connection.recv(1) == b""
     with running.connect() as connection:
         assert said(ask(connection, pack(bytes(1_000), bundle.bundle_id, Kind.SYMBOLS)))

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from pipeline.costs.link import Link
-from pipeline.errors import FrameError, ParamsError
+from pipeline.errors import FrameError
 from pipeline.runtime.frame import Kind, pack
 from pipeline.runtime.transport import EdgeUnreachable, EmulatedLink, LoopbackTransport, RealClock, TcpTransport
 
@@ -134,16 +134,3 @@ def test_an_edge_that_talks_something_else_is_refused(listener):
     transport = TcpTransport("127.0.0.1", listener([b"HTTP/1.1 400 Bad Request\r\n\r\n"]))
     with pytest.raises(FrameError, match="not coinfer"):
         transport.request(Echo().reply)
-
-
-@pytest.mark.parametrize("address", ["", "edge", "edge:", ":7070", "edge:0", "edge:65536", "edge:http", "a..b:7070", "edge:" + 5_000 * "1"])
-def test_an_address_that_is_no_host_and_port_is_refused(address):
-    with pytest.raises(ParamsError, match="is not HOST:PORT"):
-        TcpTransport.at(address)
-
-
-def test_an_address_is_host_and_port(listener):
-    reply = Echo().reply
-    transport = TcpTransport.at(f"127.0.0.1:{listener([reply])}")
-    assert transport.request(reply) == reply
-    transport.close()

@@ -1,0 +1,177 @@
+"""Who belongs: keys of both sides, certificates each way and a token per device.
+
+A side's keys are a folder with the names that Kubernetes gives TLS secrets: `ca.crt` (who may speak to it), `tls.crt` and `tls.key` (its own),
+beside them the device's `token`, and at the edge `tokens`: a line `NAME SHA256` per device, read again as it changes. `coinfer keys` makes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+import ssl
+import sys
+from pathlib import Path
+
+from pipeline.errors import KeysError
+from pipeline.runtime.hello import DEVICE_NAME, Hello
+
+AUTHORITY, CERTIFICATE, KEY, TOKEN, TOKENS = "ca.crt", "tls.crt", "tls.key", "token", "tokens"
+Print = tuple[int, int, int]
+_LINE = re.compile(rf"({DEVICE_NAME.pattern})\s+([0-9a-f]{{64}})", re.ASCII)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nothing but this machine is reached at `host`; a name other than localhost is not asked for."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def digest(token: str) -> str:
+    """What an edge keeps of a token, which has to be long and random."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class EdgeKeys:
+    """The keys of an edge, and the devices that may ask it.
+
+    Raises:
+        KeysError: one is missing or cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tokens = folder / TOKENS
+        self.context = _context(folder, ssl.PROTOCOL_TLS_SERVER)
+        self.context.num_tickets = 0  # a connection lasts; a ticket would only be bytes
+        self._seen = _print(self._tokens)
+        try:
+            self._names = token_names(self._tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unusable(self._tokens, error) from error
+
+    def pems(self) -> tuple[bytes, bytes, bytes]:
+        """Key, certificate and authority, for who makes no use of `context`."""
+        return _pems(self._folder)
+
+    def refuses(self, hello: Hello | None) -> str | None:
+        """Why a client that said this (None: nothing) may not ask; None if it may."""
+        self._follow()
+        if hello is None or not hello.token:
+            return "this edge wants a token; give the device the keys that `coinfer keys` made for it."
+        if (name := self._names.get(digest(hello.token))) is None:
+            return "the token is none of this edge's; give the device the keys that `coinfer keys` made for it."
+        if name != hello.device:
+            return f"the token is {name}'s, not {hello.device or 'of a device without a name'}'s; give each device its own keys."
+        return None
+
+    def _follow(self) -> None:
+        if (found := _print(self._tokens)) == self._seen:
+            return
+        self._seen = found
+        try:
+            self._names = token_names(self._tokens)
+        except (KeysError, OSError, UnicodeDecodeError) as error:
+            print(f"coinfer: the tokens stay as they were: {error}", file=sys.stderr, flush=True)
+
+
+class DeviceKeys:
+    """The keys of a device.
+
+    Raises:
+        KeysError: one is missing or cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.context = _context(folder, ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            self.device, _, self.token = (folder / TOKEN).read_text().strip().partition(" ")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unusable(folder / TOKEN, error) from error
+        if not (DEVICE_NAME.fullmatch(self.device) and re.fullmatch(r"[!-~]+", self.token)):
+            raise KeysError(f"{folder / TOKEN} holds no line NAME TOKEN; make the keys again with `coinfer keys`.")
+
+    def pems(self) -> tuple[bytes, bytes, bytes]:
+        """Key, certificate and authority, for who makes no use of `context`."""
+        return _pems(self._folder)
+
+
+def edge_keys(folder: Path | None, host: str) -> EdgeKeys | None:
+    """The keys in `folder`, without which an edge listens on loopback only.
+
+    Raises:
+        KeysError: there are none, and `host` is no loopback address; or one cannot be used.
+    """
+    if folder is None and not is_loopback(host):
+        raise KeysError(f"{host} is reached from other machines, which needs keys; give --keys, made by `coinfer keys`, or listen on 127.0.0.1.")
+    return EdgeKeys(folder) if folder else None
+
+
+def device_keys(folder: Path | None, host: str) -> DeviceKeys | None:
+    """The keys in `folder`, without which a device asks edges on its own machine only.
+
+    Raises:
+        KeysError: there are none, and `host` is no loopback address; or one cannot be used.
+    """
+    if folder is None and not is_loopback(host):
+        raise KeysError(f"{host} is another machine, which needs keys; give --keys, made by `coinfer keys`.")
+    return DeviceKeys(folder) if folder else None
+
+
+def _pems(folder: Path) -> tuple[bytes, bytes, bytes]:
+    found = []
+    for name in (KEY, CERTIFICATE, AUTHORITY):
+        try:
+            found.append((folder / name).read_bytes())
+        except OSError as error:
+            raise _unusable(folder / name, error) from error
+    key, certificate, authority = found
+    return key, certificate, authority
+
+
+def token_names(path: Path) -> dict[str, str]:
+    """Device by digest, of the edge's `tokens`.
+
+    Raises:
+        KeysError: a line is none.
+        OSError, UnicodeDecodeError: the file cannot be read.
+    """
+    names = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            if not (found := _LINE.fullmatch(line.strip())):
+                raise KeysError(f"{path}, line {number}, is no NAME SHA256; make it again with `coinfer keys`.")
+            names[found[2]] = found[1]
+    return names
+
+
+def _context(folder: Path, protocol: ssl._SSLMethod) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    _pems(folder)
+    try:
+        context.load_cert_chain(folder / CERTIFICATE, folder / KEY, password=lambda: b"")  # or it would be asked for on the terminal
+        context.load_verify_locations(folder / AUTHORITY)
+    except (ssl.SSLError, ValueError) as error:
+        raise KeysError(f"the keys in {folder} cannot be used ({_reason(error)}); make them again with `coinfer keys`.") from error
+    return context
+
+
+def _print(path: Path) -> Print | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ctime_ns, found.st_size, found.st_ino  # the time tells of new permissions too
+
+
+def _unusable(path: Path, error: Exception) -> KeysError:
+    return KeysError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); make the keys with `coinfer keys`, or check --keys.")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "reason", None) or str(error)

@@ -1,0 +1,145 @@
+"""What whoever watches an edge is told: every frame, refusal and device, whether it lives and whether it is ready."""
+
+import asyncio
+import re
+import ssl
+import urllib.error
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline.errors import CoinferError, KeysError
+from pipeline.runtime.frame import Kind, pack
+from pipeline.runtime.hello import Hello
+from pipeline.runtime.metrics import MetricsFront
+from pipeline.runtime.server import Limits
+from pipeline.runtime.transport import TcpTransport
+from tests.pipeline.runtime.serving import ask, eventually, frames_of, logits, said
+
+
+@pytest.fixture
+def watch(request):
+    """watch(running) -> what is found at a path of its metrics."""
+
+    def start(running, context=None):
+        ports = []
+        front = MetricsFront("127.0.0.1", 0, ports.append)
+
+        asyncio.run(front.start(running.server))
+        request.addfinalizer(lambda: asyncio.run(front.stop(0)))
+
+        def get(path: str) -> str:
+            scheme = "https" if context else "http"
+            with urllib.request.urlopen(f"{scheme}://127.0.0.1:{ports[0]}{path}", timeout=10, context=context) as reply:
+                return reply.read().decode()
+
+        return get
+
+    return start
+
+
+def samples(text: str) -> dict[tuple, float]:
+    """By name and the values of the labels, as Prometheus's own parser reads them."""
+    return {(sample.name, *sample.labels.values()): sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+
+
+def test_every_frame_and_refusal_is_counted(run, make_bundle, watch):
+    bundle = make_bundle()
+    running, frames, name = run(bundle, limits=Limits(payload_bytes=10_000)), frames_of(bundle, 5), bundle.bundle_id.hex()
+    get = watch(running)
+    transport = TcpTransport("127.0.0.1", running.port, hello=Hello("ant", "1.2", alone=2))
+    transport.alone = 2
+    replies = [transport.request(frame) for frame in frames]
+    transport.close()
+    for reply in replies:
+        logits(reply)
+    refused = [pack(b"", b"them", Kind.SYMBOLS), pack(b"", bundle.bundle_id, Kind.IMAGE), frames[0][:-1] + b"x"]
+    with running.connect() as connection:
+        for frame in refused:
+            said(ask(connection, frame))
+        said(ask(connection, pack(bytes(20_000), bundle.bundle_id, Kind.SYMBOLS)))
+    eventually(lambda: not running.server.clients)
+    found = samples(get("/metrics"))
+    assert found["coinfer_frames_total", name] == found["coinfer_device_frames_total", "ant"] == 5
+    assert found["coinfer_device_alone_total", "ant"] == 2
+    assert found["coinfer_device_seen_timestamp_seconds", "ant", "1.2"] > 1.7e9
+    reasons = {reason: found["coinfer_refusals_total", reason] for reason in ("bundle", "frame", "size", "busy", "rate", "keys", "connections", "failed")}
+    assert reasons == {"bundle": 1, "frame": 2, "size": 1, "busy": 0, "rate": 0, "keys": 0, "connections": 0, "failed": 0}
+    for part in ("wait", "decode", "edge"):
+        assert found["coinfer_part_ms_count", name, part] == 5
+        assert 0 <= found["coinfer_part_ms_sum", name, part] < 10_000
+    assert found["coinfer_batch_frames_sum", name] == found["coinfer_confidence_count", name] == 5
+    assert found["coinfer_confidence_bucket", name, "1.0"] == 5
+    assert found["coinfer_bytes_total", "in"] >= sum(map(len, frames + refused))
+    assert (found["coinfer_queue_frames", name], found["coinfer_connections",], found["coinfer_ready",]) == (0, 0, 1)
+    assert found["process_resident_memory_bytes",] > 1e7
+
+
+def test_names_end_in_their_units_and_are_told_once(run, make_bundle, watch):
+    text = watch(run(make_bundle()))("/metrics")
+    assert len(re.findall("^# HELP coinfer_ready ", text, re.MULTILINE)) == 1
+    assert not any(line for line in text.splitlines() if line.startswith("# HELP") and line.endswith(" "))
+
+
+def test_what_waits_shows_and_a_server_that_drains_is_alive_but_not_ready(run, make_bundle, watch, gate):
+    bundle = make_bundle()
+    running, frames = run(bundle), frames_of(bundle, 3)
+    get = watch(running)
+    assert (get("/livez"), get("/readyz")) == ("ok\n", "ok\n")
+    connections = [running.connect() for _ in frames]
+    try:
+        for connection, frame in zip(connections, frames, strict=True):
+            connection.sendall(frame)
+            assert gate.began.wait(10)  # the first runs alone
+        eventually(lambda: samples(get("/metrics"))["coinfer_queue_frames", bundle.bundle_id.hex()] == 2)
+        running.call(running.server.stop)
+        eventually(lambda: running.server.is_stopping)
+        assert get("/livez") == "ok\n"
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            get("/readyz")
+    finally:
+        gate.is_open.set()
+        for connection in connections:
+            connection.close()
+
+
+def test_a_server_that_hangs_is_not_alive(run, make_bundle, watch, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.metrics.BEATS_S", -1.0)
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        watch(run(make_bundle()))("/livez")
+
+
+def test_other_paths_are_told_what_there_is(run, make_bundle, watch):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        watch(run(make_bundle()))("/etc/passwd")
+
+
+def test_with_keys_only_who_belongs_may_watch(run, make_bundle, watch, key_folder):
+    running = run(make_bundle(), keys=key_folder / "edge")
+    context = ssl.create_default_context(cafile=str(key_folder / "ca.crt"))
+    with pytest.raises((urllib.error.URLError, OSError)):
+        watch(running, context)("/metrics")
+    context.load_cert_chain(key_folder / "ant/tls.crt", key_folder / "ant/tls.key")
+    assert "coinfer_ready 1.0" in watch(running, context)("/metrics")
+
+
+def test_other_machines_watch_only_with_keys(run, make_bundle):
+    with pytest.raises(KeysError, match=r"metrics on 0\.0\.0\.0 are reached from other machines"):
+        asyncio.run(MetricsFront("0.0.0.0", 0).start(run(make_bundle()).server))
+
+
+def test_devices_that_make_up_names_fill_no_memory(run, make_bundle, watch, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.tally.MOST_DEVICES", 3)
+    running = run(make_bundle())
+    for number in range(10):
+        with running.connect() as connection:
+            connection.sendall(Hello(f"d{number}").pack())
+    eventually(lambda: "d9" in running.server.tally.devices)
+    assert len(running.server.tally.devices) == 3
+
+
+def test_a_port_in_use_is_one_sentence(run, make_bundle):
+    running = run(make_bundle())
+    with pytest.raises(CoinferError, match="metrics cannot be served"):
+        asyncio.run(MetricsFront("127.0.0.1", running.port).start(running.server))
