@@ -1,26 +1,23 @@
 """The methods of search on a trained network and on problems whose answer is known, and what they build on -> results/search.json.
 
-Parts are run one at a time or all (`--part`); what results/search.json holds of the others is kept.
+Parts are run one at a time or all, see `benchmarks/parts.py`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import evaluator_rank, fronts, predictor, search_ray
-from benchmarks.results_file import RESULTS, figure, write
+from benchmarks.parts import Part, Raw
+from benchmarks.parts import run as run_parts
+from benchmarks.results_file import figure
 from benchmarks.surrogates import SEARCHERS, Problem, every_reward, gap, layered, run, small
 from pipeline.search.candidate import OUTPUT
 from pipeline.search.environment import Compression
@@ -39,8 +36,6 @@ ASKED_FOR = (  # by the issue; what is not run yet has no value
     *("predictor_mdape", "predictor_p90ape", "macs_model_mdape", "measurement_repeatability"),
     *("ray_overhead_ms_per_trial.w1", "ray_overhead_ms_per_trial.w64", "ray_speedup_2"),
 )
-
-Raw = dict[str, Any]
 
 
 def surrogates() -> Raw:
@@ -108,34 +103,6 @@ def fronts_of_all() -> Raw:
     return {place.name: fronts.searched(place, seeds) for place, seeds in ((fronts.RESNET20, SEEDS), (fronts.RESNET8, SEEDS[:1]))}
 
 
-PARTS: dict[str, Callable[[], Raw]] = {
-    "surrogates": surrogates,
-    "wall": wall,
-    "growth": growth,
-    "fronts": fronts_of_all,
-    "predictor": predictor.measured,
-    "evaluator": lambda: evaluator_rank.compared(fronts.RESNET20),
-    "ray": search_ray.ray,
-}
-
-
-def figures_of(raw: Raw) -> Raw:
-    makers = {
-        "surrogates": _of_surrogates,
-        "wall": _of_wall,
-        "growth": _of_growth,
-        "fronts": fronts.figures,
-        "predictor": predictor.figures,
-        "evaluator": evaluator_rank.figures,
-        "ray": search_ray.figures_of,
-    }
-    found: Raw = {}
-    for part, maker in makers.items():
-        if part in raw:
-            found |= maker(raw[part])
-    return found | {key: figure(None, "", "not run yet", n=0) for key in ASKED_FOR if key not in found}
-
-
 def _of_surrogates(known: Raw) -> Raw:
     found: Raw = {}
     how = "(optimum - found) / (optimum - uniform) after 200 evaluations, 8 layers, optimum by water-filling; mean over seeds, each another problem"
@@ -165,18 +132,15 @@ def _of_growth(known: Raw) -> Raw:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be given several times")
-    chosen = parser.parse_args().part or list(PARTS)
-    here = Path.cwd()
-    file = RESULTS / f"{NAME}.json"
-    raw: Raw = json.loads(file.read_text())["raw"] if file.exists() else {}
-    for part in chosen:
-        raw[part] = PARTS[part]()
-        os.chdir(here)  # from the folder of a trained network
-        write(NAME, dataset={"name": "CIFAR-10 as JPEG, and problems of our own", "hash": "none"}, seeds=list(SEEDS), figures=figures_of(raw), raw=raw)
-
+PARTS = {
+    "surrogates": Part(surrogates, _of_surrogates),
+    "wall": Part(wall, _of_wall),
+    "growth": Part(growth, _of_growth),
+    "fronts": Part(fronts_of_all, fronts.figures),
+    "predictor": Part(predictor.measured, predictor.figures),
+    "evaluator": Part(lambda: evaluator_rank.compared(fronts.RESNET20), evaluator_rank.figures),
+    "ray": Part(search_ray.ray, search_ray.figures_of),
+}
 
 if __name__ == "__main__":
-    main()
+    run_parts(NAME, PARTS, ASKED_FOR, dataset="CIFAR-10 as JPEG, and problems of our own", seeds=SEEDS, description=__doc__)
