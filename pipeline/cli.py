@@ -19,10 +19,11 @@ from pipeline.paths import PARAMS
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split."
 )
-bundle_app = typer.Typer(no_args_is_help=True, help="Turn a bundle into what other servers load.")
+bundle_app = typer.Typer(no_args_is_help=True, help="Sign a bundle, or turn it into what other servers load.")
 app.add_typer(bundle_app, name="bundle")
 DeviceOption = Annotated[str | None, typer.Option("--device", help="a name under `devices` in params.yaml; the first one by default")]
 KeysOption = Annotated[Path | None, typer.Option("--keys", help="folder that `coinfer keys` made; needed beyond loopback")]
+SignedOption = Annotated[Path | None, typer.Option("--signed-by", metavar="PEM", help="public key; a bundle that is not signed with its other half is refused")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder that `export` wrote")]
 
 EDGE_EXTRA = {"cryptography", "google", "grpc", "prometheus_client"}
@@ -171,6 +172,7 @@ def edge(
     max_payload_bytes: Annotated[int, typer.Option(min=1, help="of one frame")] = 1 << 20,
     max_per_second: Annotated[float, typer.Option(min=1, help="frames of one device, on average; without keys, of one address")] = 1000,
     keys: KeysOption = None,
+    signed_by: SignedOption = None,
     metrics: Annotated[str | None, typer.Option("--metrics", metavar="HOST:PORT", help="serve /metrics (Prometheus), /livez and /readyz there")] = None,
     log_mlflow: Annotated[bool, typer.Option("--log-mlflow", help="at the end log what was served as a run of MLflow (MLFLOW_TRACKING_URI)")] = False,
 ) -> None:
@@ -189,7 +191,12 @@ def edge(
         from pipeline.runtime.metrics import MetricsFront
 
         fronts.append(MetricsFront(*parse_address(metrics, "127.0.0.1:9070", least=0)))
-    run = partial(serve, bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, keys=keys, fronts=fronts)
+    options: dict[str, Any] = {"keys": keys, "fronts": fronts}
+    if signed_by is not None:
+        from pipeline.runtime.signing import Signer
+
+        options["check"] = Signer(signed_by).check
+    run = partial(serve, bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, **options)
     if log_mlflow:
         from pipeline.serving import log_serving
         from pipeline.tracking import new_run
@@ -257,6 +264,7 @@ def device(
     keys: KeysOption = None,
     name: Annotated[str | None, typer.Option("--name", help="of this device, told the edge; with keys, theirs")] = None,
     compact: Annotated[bool, typer.Option("--compact", help="6 bytes around a payload rather than 13, for the narrowest links")] = False,
+    signed_by: SignedOption = None,
 ) -> None:
     """Run the device half on images; print one JSON line an image."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it as SIGTERM does, without a word: it leaves nothing half-written
@@ -266,6 +274,10 @@ def device(
     from pipeline.runtime.records import classify
 
     opened = Bundle.load(bundle)
+    if signed_by is not None:
+        from pipeline.runtime.signing import Signer
+
+        Signer(signed_by).check(opened)
     transport = dial(edge, keys, name, opened.bundle_id if compact else b"") if edge else None
     for record in classify(opened, transport, source, threads=threads, point=point, deadline_ms=deadline):
         _put_line(json.dumps(record))
@@ -280,6 +292,18 @@ def _put_line(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(128 + signal.SIGPIPE) from None
         raise CoinferError(f"standard output cannot be written ({error.strerror}); make room there or send it elsewhere.") from None
+
+
+@bundle_app.command("sign")
+def bundle_sign(
+    bundle: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
+    key: Annotated[Path, typer.Option("--key", metavar="PEM", help="private Ed25519 key, as openssl genpkey makes one")],
+) -> None:
+    """Vouch for a bundle, for devices and edges that are started with --signed-by."""
+    from pipeline.runtime.bundle import Bundle
+    from pipeline.runtime.signing import sign
+
+    print(sign(Bundle.load(bundle), key))
 
 
 @bundle_app.command("triton")

@@ -240,13 +240,14 @@ def serve(
     batching: Batching | None = None,
     limits: Limits | None = None,
     keys: Path | None = None,
+    check: Callable[[Bundle], object] = lambda bundle: None,
     fronts: Sequence[Front] = (),
     announce: Callable[[int], object] = lambda port: print(f"edge listens on port {port}", flush=True),
     signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
 ) -> Tally:
     """Answer device halves of the bundle in `path`, or of those that this folder holds meanwhile (see `Shelf`), until one of `signals`.
 
-    Port 0 takes a free one; `announce` is told which. `fronts` are started beside TCP. Returns what was counted.
+    Port 0 takes a free one; `announce` is told which. `fronts` are started beside TCP; `check` is as of a `Shelf`. Returns what was counted.
 
     Raises:
         BundleError: no bundle can be served.
@@ -254,7 +255,7 @@ def serve(
         CoinferError: the address cannot be bound.
     """
     server = EdgeServer(batching or Batching(), limits or Limits(), edge_keys(keys, host), fronts)
-    asyncio.run(server.serve(Shelf(path, threads, slowdown), host, port, announce, signals))
+    asyncio.run(server.serve(Shelf(path, threads, slowdown, check), host, port, announce, signals))
     return server.tally
 
 

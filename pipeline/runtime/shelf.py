@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import BundleError, CoinferError
@@ -17,10 +18,13 @@ class Shelf:
 
     One that cannot be served is reported on standard error and looked at again when its files change; what its folder held before is served meanwhile.
     A subfolder that is gone is served until it was missed twice, as one that is being replaced is away for a moment; a single bundle always.
+
+    Args:
+        check: raises BundleError of a bundle that must not be served, though it is whole.
     """
 
-    def __init__(self, path: Path, threads: int = 1, slowdown: float = 1.0) -> None:
-        self.path, self.threads, self.slowdown = path, threads, slowdown
+    def __init__(self, path: Path, threads: int = 1, slowdown: float = 1.0, check: Callable[[Bundle], object] = lambda bundle: None) -> None:
+        self.path, self.threads, self.slowdown, self._check = path, threads, slowdown, check
         self._is_one = (path / MANIFEST).exists() or not path.is_dir()
         self._seen: dict[Path, Print] = {}  # as its files were when last looked at
         self._served: dict[Path, bytes] = {}
@@ -67,7 +71,9 @@ class Shelf:
 
     def _open(self, path: Path) -> EdgeHalf:
         found = _fingerprint(path)
-        half = EdgeHalf(Bundle.load(path), self.threads, self.slowdown)
+        bundle = Bundle.load(path)
+        self._check(bundle)
+        half = EdgeHalf(bundle, self.threads, self.slowdown)
         self._served[path] = half.bundle_id
         if found is not None:
             self._seen[path] = found
