@@ -27,8 +27,10 @@ def sign(bundle: Bundle, key: Path) -> Path:
     """
     try:
         private = serialization.load_pem_private_key(key.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise KeysError(f"{key} cannot be used to sign ({error}); give a private Ed25519 key in PEM, without a password.") from error
+    except OSError as error:
+        raise KeysError(f"{key} cannot be read ({error.strerror}); give a private Ed25519 key.") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise KeysError(f"{key} holds no private key that can sign; give an Ed25519 key in PEM, without a password.") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise KeysError(f"{key} is no Ed25519 key; make one with openssl genpkey -algorithm ed25519.")
     atomic_write_text(bundle.path / SIGNATURE, base64.b64encode(private.sign(_signed(bundle))).decode() + "\n")
@@ -46,8 +48,10 @@ class Signer:
         self._path = key
         try:
             public = serialization.load_pem_public_key(key.read_bytes())
-        except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            raise KeysError(f"{key} cannot be used to check signatures ({error}); give a public Ed25519 key in PEM.") from error
+        except OSError as error:
+            raise KeysError(f"{key} cannot be read ({error.strerror}); give a public Ed25519 key.") from error
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise KeysError(f"{key} holds no public key; give an Ed25519 one in PEM, as openssl pkey -pubout writes it.") from error
         if not isinstance(public, Ed25519PublicKey):
             raise KeysError(f"{key} is no Ed25519 key; give the public half of the key that signs.")
         self._key = public
