@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.fuzz_targets import TARGETS
+from benchmarks.results_file import figure
 from pipeline.files import atomic_write_json
 
 HANG_S = 10.0
@@ -34,6 +35,7 @@ MOST_INPUT_BYTES = 1 << 21
 MOST_GROWTH_BYTES = 256 << 20  # of a process's largest memory over what it had before the first input
 MOST_ADDRESSES_BYTES = 2 << 30  # more than that: an allocation beyond it fails, and so does the input
 MOST_FAILURES = 20  # kept of one target; counted are all
+ASKED = ("frame", "stream", "loader")
 COUNTS = ("inputs", "checked", "answered", "refused")
 
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -68,6 +70,21 @@ def measure(inputs: int, seed: int, targets: dict[str, Any] | None = None, hang_
     found = {name: _fuzzed(name, make, round(inputs * share), seed, hang_s) for name, (make, share) in (targets or TARGETS).items()}
     sums = {key: sum(each[key] for each in found.values()) for key in ("inputs", "checked", "failures")}
     return {"seed": seed, **sums, "targets": found}
+
+
+def figures(raw: dict[str, Any]) -> dict[str, Any]:
+    """Of frame, TCP stream and loader, which the issue asks for; what the others did is in the text."""
+    asked, others = (
+        {key: sum(each[key] for name, each in raw["targets"].items() if (name in ASKED) is within) for key in ("inputs", "checked", "failures")}
+        for within in (True, False)
+    )
+    how = (
+        f"frames, TCP streams and {raw['targets']['loader']['inputs']:,} bundles, {asked['checked']:,} of them changed and given checksums or hashes that fit; "
+        f"beside them {others['inputs']:,} replies and payloads of the coder with {others['failures']} failures"
+    )
+    found = {"fuzz_inputs": figure(asked["inputs"], "inputs", how, n=asked["inputs"])}
+    how = f"crashes, hangs of {HANG_S:g} s, memory beyond {MOST_GROWTH_BYTES >> 20} MiB, wrong answers and exceptions without a sentence"
+    return found | {"fuzz_failures": figure(asked["failures"], "inputs", how, n=asked["inputs"])}
 
 
 def input_of(name: str, seed: int, index: int, target: Any) -> tuple[bytes, bool]:

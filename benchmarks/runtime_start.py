@@ -12,10 +12,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.results_file import figure
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, Bundle, write_bundle
 from pipeline.runtime.preprocess import Preprocessing
 
@@ -153,3 +157,18 @@ def measure() -> dict[str, list[float]]:
                     samples.setdefault(f"first_prediction_s{suffix}", []).append(first_s)
                     samples.setdefault(f"device_rss_mb{suffix}", []).append(peak_mb)
     return samples
+
+
+def figures(raw: dict[str, list[float]]) -> dict[str, Any]:
+    units = {"first_prediction_s": "s", "device_rss_mb": "MB"}
+    hows = {
+        "first_prediction_s": "from the start of `coinfer device` to its first record",
+        "device_rss_mb": f"largest resident memory of `coinfer device` after {PICTURES} pictures of 640 x 480",
+    }
+    found = {}
+    for name, samples in raw.items():
+        key = name.removesuffix("_alone")
+        low, middle, high = np.percentile(samples, [25, 50, 75])
+        how = f"{hows[key]}, ResNet-20 {'alone' if name != key else 'through an edge on this machine'}, base install, median"
+        found[name.replace("_alone", ".alone")] = figure(float(middle), units[key], how, n=len(samples), spread=(float(low), float(high)))
+    return found
