@@ -31,7 +31,7 @@ PACED_IMAGES, PACE_S = 40, 0.1
 SETTLE_S = 0.3  # after which no acknowledgement is on its way
 ETH_P_IP = 0x0800
 HEADER = struct.Struct(">xxH5xB10x")  # of IPv4: length, protocol
-RAISE = "ip link set lo mtu 1500 up && exec \"$@\""
+RAISE = 'ip link set lo mtu 1500 up && exec "$@"'
 
 
 class Wire:
