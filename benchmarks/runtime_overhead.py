@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import runtime_wire
 from benchmarks.echo import LENGTH, METHOD, received
 from benchmarks.results_file import ROOT, figure
 from benchmarks.runtime_coder import bundles, images
@@ -100,11 +101,12 @@ def grpc_echo(port: int) -> Iterator[Callable[[bytes], object]]:
         yield channel.unary_unary(METHOD)
 
 
-def measure(rounds: int = ROUNDS, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """Send pictures all ways, in turns, `rounds` of them after the first `warm_up`.
+def measure(rounds: int = ROUNDS, warm_up: int = WARM_UP, wire_images: int = runtime_wire.IMAGES) -> dict[str, Any]:
+    """Send pictures all ways, in turns, `rounds` of them after the first `warm_up`, and `wire_images` to have their bytes counted.
 
     Returns {"payload_bytes": of each picture, "frame_overhead_bytes": {"whole", "compact"}, "ways": {name: {"total_ms", "onnx_ms" (of both halves),
-    "coder_ms" (as the parts encode_ms and decode_ms say, with packing and checking the frame)}}, "floor": {name: ms}}, one sample a round.
+    "coder_ms" (as the parts encode_ms and decode_ms say, with packing and checking the frame)}}, "floor": {name: ms}, "wire": what `runtime_wire`
+    counts, or {"why": there is none}}, one sample a round.
     """
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as name:
@@ -117,10 +119,18 @@ def measure(rounds: int = ROUNDS, warm_up: int = WARM_UP) -> dict[str, Any]:
         finally:
             os.sched_setaffinity(0, cores)
         frames = [DeviceHalf(chosen).run(image)[0] for image in images(chosen)]
+        wire = _wire(chosen, wire_images)
     payloads = [unpack(frame).payload for frame in frames]
     compact = Compact(chosen.bundle_id)
     around = {"whole": len(frames[0]) - len(payloads[0]), "compact": len(compact.outgoing(frames[0])) - len(payloads[0])}
-    return {"payload_bytes": [len(payload) for payload in payloads], "frame_overhead_bytes": around, **found}
+    return {"payload_bytes": [len(payload) for payload in payloads], "frame_overhead_bytes": around, "wire": wire, **found}
+
+
+def _wire(bundle: Bundle, count: int) -> dict[str, Any]:
+    try:
+        return runtime_wire.measure(bundle.path, count)
+    except RuntimeError as error:
+        return {"why": str(error)}
 
 
 def _asked(folder: Path, chosen: Bundle, static: Bundle, server_core: int, rounds: int, warm_up: int) -> dict[str, Any]:
@@ -197,7 +207,7 @@ SAID = {
 
 
 def figures(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`overhead_ms.*` with the coder's share of it, `floor_ms.*`, `frame_overhead_bytes.*`."""
+    """`overhead_ms.*` with the coder's share of it, `floor_ms.*`, `frame_overhead_bytes.*`, and the figures of `runtime_wire`."""
     found: dict[str, Any] = {}
     for name, parts in raw["ways"].items():
         over = np.subtract(parts["total_ms"], parts["onnx_ms"])
@@ -215,7 +225,7 @@ def figures(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name, count in raw["frame_overhead_bytes"].items():
         key = "frame_overhead_bytes" + ("" if name == "whole" else f".{name}")
         found[key] = figure(count, "bytes", f"length of a {name} frame less that of its payload")
-    return found
+    return found | runtime_wire.figures(raw["wire"])
 
 
 def _quartiles(values: Any) -> tuple[float, float]:
@@ -232,4 +242,4 @@ if __name__ == "__main__":
     if arguments.out:
         atomic_write_json(arguments.out, measured)
     for key, row in figures(measured).items():
-        print(f"{key:30} {row['value']:9.4f} {row['unit']:5} {row['spread']}  n={row['n']}")
+        print(f"{key:36} {row['value'] if row['value'] is None else round(row['value'], 4)} {row['unit']} {row['spread']} n={row['n']}")

@@ -27,7 +27,7 @@ from pipeline.costs.link import wire_bytes
 from pipeline.runtime.bundle import Bundle
 
 IMAGES, WARM_UP = 300, 20
-PACED_IMAGES, PACE_S = 40, 0.1
+PACED, PACE_S = 0.1, 0.1  # of so many images a share is sent with pauses
 SETTLE_S = 0.3  # after which no acknowledgement is on its way
 ETH_P_IP = 0x0800
 HEADER = struct.Struct(">xxH5xB10x")  # of IPv4: length, protocol
@@ -91,16 +91,16 @@ def _interface_bytes() -> int:
     return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
 
 
-def measure(bundle: Path, count: int = IMAGES, paced: int = PACED_IMAGES) -> dict[str, Any]:
-    """Ask an edge in a new network namespace, which takes root, for `count` images one after another, and `paced` with a pause between.
+def measure(bundle: Path, count: int = IMAGES) -> dict[str, Any]:
+    """Ask an edge in a new network namespace, which takes root, for `count` images one after another, and a tenth as many with a pause between.
 
-    Returns {way: {"frame_bytes": mean, "reply_bytes", "predicted_up", "predicted_down": by METHODS' formula, "images", "bytes": {"up", "down", "up_packets",
-    "down_packets"} a image, "paced": the same}} for tcp, tcp_compact and grpc.
+    Returns {way: {"images", "bytes": {"up", "down", "up_packets", "down_packets"} an image, "predicted_up": what METHODS' formula says of the frames; and the
+    same of those with a pause as "paced_images", "paced", "predicted_up_paced"}} for tcp, tcp_compact and grpc.
 
     Raises:
         RuntimeError: there can be no namespace here, with the reason.
     """
-    command = ["unshare", "--net", "sh", "-c", RAISE, "sh", sys.executable, __file__, str(bundle), str(count), str(paced)]
+    command = ["unshare", "--net", "sh", "-c", RAISE, "sh", sys.executable, __file__, str(bundle), str(count), str(max(1, round(count * PACED)))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"bytes on an interface could not be counted: {done.stderr.strip().splitlines()[-1]}")
@@ -144,14 +144,18 @@ def _add(carried: dict[str, int], more: Mapping[str, int]) -> None:
         carried[way] += more[way]
 
 
+KEYS = {"up": "wire_bytes_per_image", "down": "wire_bytes_down_per_image"}
 SAID = {"tcp": "over TCP", "tcp_compact": "over TCP in the compact profile", "grpc": "over gRPC"}
 
 
 def figures(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`wire_bytes_per_image.*`, what the device sends; `wire_bytes_down_per_image.*`, what the edge sends."""
+    if "why" in raw:
+        return {f"{key}.{name}": figure(None, "bytes", raw["why"]) for key in KEYS.values() for name in SAID}
     found = {}
     for name, row in raw.items():
-        for way, key, sender in (("up", "wire_bytes_per_image", "device"), ("down", "wire_bytes_down_per_image", "edge")):
+        for way, key in KEYS.items():
+            sender = "device" if way == "up" else "edge"
             how = (
                 f"mean of what the {sender} sends {SAID[name]} for one image with TCP/IP headers and acknowledgements, without those of Ethernet, as counted "
                 f"on the interface, image after image; {row['paced'][way]:.1f} with {PACE_S} s between them"
