@@ -114,16 +114,21 @@ def measure(rounds: int = ROUNDS, twin_rounds: int = TWIN_ROUNDS) -> dict[str, A
     Raises:
         RuntimeError: the C extension is not built, or a way does not give back what it was given.
     """
-    if not coder.HAVE_C:
-        raise RuntimeError("the C coder is not built; run `make` first.")
     with tempfile.TemporaryDirectory() as folder:
         chosen, static = bundles(Path(folder))
         symbols, (tables,), (plain,) = symbols_of(chosen), chosen.points, static.points
-    found = ways(tables, plain, chosen.code_shape)
+    return compared(symbols, tables, plain, rounds, twin_rounds)
+
+
+def compared(symbols: Symbols, tables: CodecTables, static: CodecTables, rounds: int, twin_rounds: int) -> dict[str, Any]:
+    """What `measure` gives, of the codes `symbols` uint8 (N, h, H, W)."""
+    if not coder.HAVE_C:
+        raise RuntimeError("the C coder is not built; run `make` first.")
+    _, channels, height, width = symbols.shape
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     try:
-        return {"symbols": symbols[0].size, **_timed(found, symbols, rounds, twin_rounds)}
+        return {"symbols": symbols[0].size, **_timed(ways(tables, static, (channels, height, width)), symbols, rounds, twin_rounds)}
     finally:
         os.sched_setaffinity(0, cores)
 

@@ -1,15 +1,19 @@
 """All ways give back the symbols, the twin the same bytes as C, and what is counted is what was coded."""
 
+import numpy as np
 import pytest
 
-from benchmarks.runtime_coder import figures, measure
+from benchmarks.runtime_coder import compared, figures
 from pipeline.runtime import coder
+from pipeline.runtime.context import fit_contexts
 
 
 @pytest.mark.skipif(not coder.HAVE_C, reason="the C coder is not built")
 def test_ways_are_measured_on_the_same_symbols():
     before = coder._encode
-    raw = measure(rounds=4, twin_rounds=2)
+    steps = np.random.default_rng(0).integers(-1, 2, (8, 16, 16, 16)).cumsum(axis=3)
+    symbols = (steps % 16).astype(np.uint8)
+    raw = compared(symbols, coder.build_tables(symbols, 4, fit_contexts(symbols)), coder.build_tables(symbols, 4), rounds=4, twin_rounds=2)
     assert coder._encode is before
     assert raw["symbols"] == 4096
     assert raw["bytes"]["python"] == raw["bytes"]["c"][:2]
