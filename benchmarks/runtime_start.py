@@ -69,8 +69,8 @@ def pictures(count: int) -> list[bytes]:
     return found
 
 
-def resnet20_bundle(out: Path) -> Bundle:
-    """A split bundle in `out` of an untrained ResNet-20, whose classes are balanced over `pictures`."""
+def resnet20_bundle(out: Path, code_channels: int = 8) -> Bundle:
+    """A split bundle in `out` of an untrained ResNet-20 with a code of `code_channels` x 16 x 16, whose classes are balanced over `pictures`."""
     import torch
 
     from models.backbones import build_backbone
@@ -86,7 +86,7 @@ def resnet20_bundle(out: Path) -> Bundle:
         [*_, classifier] = (layer for layer in network.modules() if isinstance(layer, torch.nn.Linear))
         classifier.bias -= network(seen).mean(0)
 
-    candidate = Candidate(CUT, code_channels=8, stride=1, bits=4)
+    candidate = Candidate(CUT, code_channels=code_channels, stride=1, bits=4)
     with torch.no_grad():
         backbone = build_backbone("resnet20", 10, 32).eval()
         balance(backbone)

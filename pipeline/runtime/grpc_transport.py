@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -40,6 +41,7 @@ class GrpcTransport:
     def __init__(self, host: str, port: int, *, hello: Hello | None = None, keys: DeviceKeys | None = None) -> None:
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._hello, self._keys = hello or Hello(), keys
+        self._metadata = self._hello.to_metadata()
         self.alone = 0
         self._channel: Any = None
         self._infer: Any = None
@@ -81,7 +83,7 @@ class GrpcTransport:
             self._channel = self._opened()
             self._infer = self._channel.unary_unary(oip.path("ModelInfer"))
         alone = self.alone
-        data: bytes = self._infer(request, timeout_s, replace(self._hello, alone=alone).to_metadata())
+        data: bytes = self._infer(request, timeout_s, replace(self._hello, alone=alone).to_metadata() if alone else self._metadata)
         self.alone -= alone
         return data
 
@@ -93,7 +95,14 @@ class GrpcTransport:
 
 
 def _request(frame: bytes) -> bytes:
-    request = oip.ModelInferRequest(model_name=oip.model_name(frame[1:5]), raw_input_contents=[oip.raw_elements([frame])])
+    contents: bytes = oip.ModelInferRequest(raw_input_contents=[oip.raw_elements([frame])]).SerializeToString()
+    return _head(frame[1:5]) + contents  # one message after another are one with the fields of both
+
+
+@lru_cache
+def _head(bundle_id: bytes) -> bytes:
+    """What every request for that bundle says."""
+    request = oip.ModelInferRequest(model_name=oip.model_name(bundle_id))
     request.inputs.add(name=oip.FRAME, datatype="BYTES", shape=[1, 1])
     data: bytes = request.SerializeToString()
     return data

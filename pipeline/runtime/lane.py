@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,18 @@ class Lane:
     Args:
         capacity: jobs that may wait; `put` refuses more.
         patience_s: what waited longer is answered busy: its device has gone on without the edge.
-        deliver: told, from the lane's thread, all replies of a batch at once.
+        deliver: told, from the lane's thread, all replies of a batch at once, and what is to be called once they are on their way: nobody waits for counting.
         tally: counts them.
     """
 
     def __init__(
-        self, half: EdgeHalf, batching: Batching, capacity: int, patience_s: float, deliver: Callable[[Finished], None], tally: Tally | None = None
+        self,
+        half: EdgeHalf,
+        batching: Batching,
+        capacity: int,
+        patience_s: float,
+        deliver: Callable[[Finished, Callable[[], None]], None],
+        tally: Tally | None = None,
     ) -> None:
         self._half, self._batching, self._capacity, self._patience_s, self._deliver = half, batching, capacity, patience_s, deliver
         self._tally = tally or Tally()
@@ -88,18 +95,21 @@ class Lane:
 
     def _run(self) -> None:
         while jobs := self._gather():
+            count: Callable[[], None] = _nothing
             try:
-                replies = self._answers(jobs)
+                replies, count = self._answers(jobs)
             except Exception as error:  # ONNX Runtime raises its own unrelated classes; the next batch may do better
                 replies = [self._refusal(Refusal.FAILED, f"{FAILED} ({error!r}); look at the edge.") for _ in jobs]
-            self._deliver(list(zip(jobs, replies, strict=True)))
+            self._deliver(list(zip(jobs, replies, strict=True)), count)
 
-    def _answers(self, jobs: Sequence[Job]) -> list[bytes]:
+    def _answers(self, jobs: Sequence[Job]) -> tuple[list[bytes], Callable[[], None]]:
+        """The replies, and what counts them."""
         half = self._half
         if half.slowdown > 1:  # a slower machine is emulated for one frame at a time
-            return [half.handle(job.frame)[0] for job in jobs]
+            return [half.handle(job.frame)[0] for job in jobs], _nothing
         replies: dict[int, bytes] = {}
         opened: dict[int, tuple[Any, float]] = {}
+        count: Callable[[], None] = _nothing
         for index, job in enumerate(jobs):
             start_s = time.perf_counter()
             if start_s - job.came_s > self._patience_s or not job.wanted():
@@ -118,8 +128,8 @@ class Lane:
             stays_ms = [1e3 * (end_s - jobs[index].came_s) for index in opened]
             for row, index, decode_ms, stay_ms in zip(logits, opened, decodes_ms, stays_ms, strict=True):
                 replies[index] = half.reply(row, decode_ms, stay_ms - decode_ms)
-            self._count(logits, decodes_ms, stays_ms, 1e3 * (end_s - start_s))
-        return [replies[index] for index in range(len(jobs))]
+            count = partial(self._count, logits, decodes_ms, stays_ms, 1e3 * (end_s - start_s))
+        return [replies[index] for index in range(len(jobs))], count
 
     def _count(self, logits: NDArray[np.float32], decodes_ms: Sequence[float], stays_ms: Sequence[float], edge_ms: float) -> None:
         waits_ms = [max(0.0, stay_ms - decode_ms - edge_ms) for stay_ms, decode_ms in zip(stays_ms, decodes_ms, strict=True)]
@@ -147,3 +157,7 @@ class Lane:
                 break
             jobs.append(job)
         return jobs
+
+
+def _nothing() -> None:
+    """Where there is nothing to count."""

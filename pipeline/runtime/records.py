@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.costs.link import wire_bytes
 from pipeline.errors import DataError
 from pipeline.runtime.bundle import Bundle
-from pipeline.runtime.device import DeviceHalf
+from pipeline.runtime.device import Answer, DeviceHalf
 from pipeline.runtime.fallback import Fallback
 from pipeline.runtime.pictures import pictures
 from pipeline.runtime.transport import Transport
@@ -45,9 +45,14 @@ def classify(
         except DataError as error:
             yield shot.name | {"error": str(error)}
             continue
-        exponentials = np.exp(answer.logits - answer.logits.max())
-        best = int(answer.logits.argmax())
-        record = shot.name | {"label": bundle.classes[best], "probability": round(float(exponentials[best] / exponentials.sum()), 6)}
-        record |= {name: round(ms, 3) for name, ms in answer.parts.items()}
-        record |= {"frame_bytes": answer.frame_bytes, "wire_bytes": wire_bytes(answer.frame_bytes), "path": answer.path}
+        record = shot.name | record_of(bundle, answer)
         yield record if why is None else record | {"edge_error": why}
+
+
+def record_of(bundle: Bundle, answer: Answer) -> dict[str, Any]:
+    """What a record says of an answer, whatever picture it is for."""
+    exponentials = np.exp(answer.logits - answer.logits.max())
+    best = int(answer.logits.argmax())
+    record = {"label": bundle.classes[best], "probability": round(float(exponentials[best] / exponentials.sum()), 6)}
+    record |= {name: round(ms, 3) for name, ms in answer.parts.items()}
+    return record | {"frame_bytes": answer.frame_bytes, "wire_bytes": wire_bytes(answer.frame_bytes), "path": answer.path}

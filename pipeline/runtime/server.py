@@ -153,9 +153,9 @@ class EdgeServer:
         """Whether frames are taken."""
         return bool(self.lanes) and not self.is_stopping
 
-    def _delivered(self, finished: Finished) -> None:
+    def _delivered(self, finished: Finished, count: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended before its lanes
-            self.loop.call_soon_threadsafe(_tell, finished)
+            self.loop.call_soon_threadsafe(_tell, finished, count)
 
     async def serve(self, shelf: Shelf, host: str, port: int, announce: Callable[[int], object], signals: Iterable[signal.Signals]) -> None:
         """Answer for the bundles on `shelf` until `stop`, or one of `signals`; then take no more, answer what waits, and end.
@@ -225,9 +225,10 @@ class EdgeServer:
             self.buckets = {address: bucket for address, bucket in self.buckets.items() if now_s - bucket.filled_s < 1 + SWEEP_S}
 
 
-def _tell(finished: Finished) -> None:
+def _tell(finished: Finished, count: Callable[[], None]) -> None:
     for job, reply in finished:
         job.done(reply)
+    count()
 
 
 def serve(
