@@ -65,7 +65,7 @@ LOADS = {
 }
 
 
-def measure(seconds: float = 60, loads: Mapping[str, Load] = LOADS, bare_s: float = 0.75, max_batch: int = 16, max_delay_ms: float = 0) -> dict[str, Any]:
+def measure(seconds: float = 60, loads: Mapping[str, Load] = LOADS, bare_s: float = 0.75, max_batch: int = 32, max_delay_ms: float = 0) -> dict[str, Any]:
     """Each level of each of `loads` for `seconds`, the bare loop before and after each level, `bare_s` for each batch size, and Poisson arrivals at
     half of the best rate for `seconds`.
 
@@ -78,11 +78,11 @@ def measure(seconds: float = 60, loads: Mapping[str, Load] = LOADS, bare_s: floa
     for name, load in loads.items():
         with tempfile.TemporaryDirectory(prefix="coinfer-bench-") as folder:
             bundle = untrained_bundle(Path(folder) / "bundle", load.backbone, load.cut, load.code_channels)
-            found[name] = {"cut": load.cut, **_loaded(bundle, load.clients, seconds, bare_s, options)}
+            found[name] = {"cut": load.cut, **loaded(bundle, load.clients, seconds, bare_s, options)}
     return found
 
 
-def _loaded(bundle: Bundle, levels: Sequence[int], seconds: float, bare_s: float, options: Sequence[str]) -> dict[str, Any]:
+def loaded(bundle: Bundle, levels: Sequence[int], seconds: float, bare_s: float, options: Sequence[str]) -> dict[str, Any]:
     traffic = Traffic.of(bundle)
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
@@ -350,7 +350,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--bare-seconds", type=float, default=0.75)
-    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--networks", nargs="+", choices=LOADS, default=[*LOADS])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
