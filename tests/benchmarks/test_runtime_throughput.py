@@ -9,7 +9,7 @@ import time
 import pytest
 
 from benchmarks import runtime_throughput
-from benchmarks.runtime_throughput import COUNTS, Traffic, closed_loop, figures, loaded, open_loop
+from benchmarks.runtime_throughput import COUNTS, Traffic, figures, loaded, open_loop
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.transport import receive_frame
 from tests.pipeline.runtime.conftest import bundle_in
