@@ -65,16 +65,16 @@ LOADS = {
 }
 
 
-def measure(seconds: float = 60, loads: Mapping[str, Load] = LOADS, bare_s: float = 0.75, max_batch: int = 32, max_delay_ms: float = 0) -> dict[str, Any]:
+def measure(seconds: float = 60, loads: Mapping[str, Load] = LOADS, bare_s: float = 1, max_batch: int = 32) -> dict[str, Any]:
     """Each level of each of `loads` for `seconds`, the bare loop before and after each level, `bare_s` for each batch size, and Poisson arrivals at
     half of the best rate for `seconds`.
 
-    Returns {"seconds", "max_batch", "max_delay_ms", NAME: {"cut", "code_shape", "frame_bytes" (median), "bare" and "bare_with_decode" ({batch size:
+    Returns {"seconds", "max_batch", NAME: {"cut", "code_shape", "frame_bytes" (median), "bare" and "bare_with_decode" ({batch size:
     [images a second, before the first level, after it, ...]}), "levels": [{"clients", "sent", "per_s" (by second), "p50_ms", "p99_ms", and `COUNTS`}],
     "half_load": {"clients", "sent", "offered_per_s", "late_ms" (p99 of how late the client sent), "latency_ms" (each, since it was due), and `COUNTS`}}}.
     """
-    found: dict[str, Any] = {"seconds": seconds, "max_batch": max_batch, "max_delay_ms": max_delay_ms}
-    options = ("--max-batch", str(max_batch), "--max-delay", f"{max_delay_ms:g}", "--max-per-second", "1e9")
+    found: dict[str, Any] = {"seconds": seconds, "max_batch": max_batch}
+    options = ("--max-batch", str(max_batch), "--max-per-second", "1e9")  # one address stands for all devices
     for name, load in loads.items():
         with tempfile.TemporaryDirectory(prefix="coinfer-bench-") as folder:
             bundle = untrained_bundle(Path(folder) / "bundle", load.backbone, load.cut, load.code_channels)
@@ -349,7 +349,7 @@ def best(row: dict[str, Any]) -> tuple[str, int]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--bare-seconds", type=float, default=0.75)
+    parser.add_argument("--bare-seconds", type=float, default=1)
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--networks", nargs="+", choices=LOADS, default=[*LOADS])
     parser.add_argument("--out", type=Path)
@@ -361,12 +361,7 @@ if __name__ == "__main__":
         row = raw[name]
         for way in ("bare", "bare_with_decode"):
             print(name, way, {size: round(statistics.median(rates)) for size, rates in row[way].items()})
-        batch, _ = best(row)
-        for level, before, after in zip(row["levels"], row["bare"][batch], row["bare"][batch][1:], strict=True):
-            rate = statistics.mean(level["per_s"])
-            print(
-                f"{name} {level['clients']:3} clients {rate:7.1f}/s, {2 * rate / (before + after):.3f} of bare",
-                {k: level[k] for k in ("p50_ms", "p99_ms", *COUNTS)},
-            )
+        for level in row["levels"]:
+            print(f"{name} {level['clients']:3} clients {statistics.mean(level['per_s']):7.1f}/s", {key: level[key] for key in ("p50_ms", "p99_ms", *COUNTS)})
     if "resnet18" in raw:
         print(json.dumps(figures(raw), indent=1))
