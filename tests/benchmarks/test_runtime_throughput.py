@@ -115,7 +115,7 @@ def test_the_ratio_is_of_the_best_level_to_the_best_batch_right_beside_it() -> N
         return {"clients": clients, "sent": 10, "per_s": [rate - 1, rate + 1], "p50_ms": 1, "p99_ms": 2, "errors": 0, "lost": 1, "doubled": 0}
 
     bare = {"1": [50.0, 50.0, 50.0, 500.0], "8": [100.0, 200.0, 220.0, 100.0]}
-    half_load = {"clients": 2, "sent": 100, "offered_per_s": 90.0, "latency_ms": [*range(1, 101)], "errors": 2, "lost": 0, "doubled": 0}
+    half_load = {"clients": 2, "sent": 100, "offered_per_s": 90.0, "late_ms": 1.0, "latency_ms": [*range(1, 101)], "errors": 2, "lost": 0, "doubled": 0}
     row = {"cut": "layer1", "bare": bare, "levels": [level(1, 60), level(8, 189), level(64, 80)], "half_load": half_load}
     found = figures({"max_batch": 8, "resnet18": row})
     assert found["throughput_ratio"]["value"] == pytest.approx(189 / 210)
