@@ -65,7 +65,7 @@ def pictures(count: int) -> list[bytes]:
     return found
 
 
-def untrained_bundle(out: Path, backbone_name: str = "resnet20", cut: str = CUT, code_channels: int = 8) -> Bundle:
+def untrained_bundle(out: Path, code_channels: int = 8, backbone_name: str = "resnet20", cut: str = CUT) -> Bundle:
     """A split bundle in `out` of an untrained network for 32x32 pictures, 4-bit symbols, whose classes are balanced over `pictures`."""
     import torch
 

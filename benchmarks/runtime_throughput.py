@@ -77,7 +77,7 @@ def measure(seconds: float = 60, loads: Mapping[str, Load] = LOADS, bare_s: floa
     options = ("--max-batch", str(max_batch), "--max-per-second", "1e9")  # one address stands for all devices
     for name, load in loads.items():
         with tempfile.TemporaryDirectory(prefix="coinfer-bench-") as folder:
-            bundle = untrained_bundle(Path(folder) / "bundle", load.backbone, load.cut, load.code_channels)
+            bundle = untrained_bundle(Path(folder) / "bundle", load.code_channels, load.backbone, load.cut)
             found[name] = {"cut": load.cut, **loaded(bundle, load.clients, seconds, bare_s, options)}
     return found
 
@@ -331,7 +331,8 @@ def figures(raw: dict[str, Any]) -> dict[str, Any]:
     latency_ms = half_load["latency_ms"]
     parts = [float(np.quantile(part, 0.99)) for part in np.array_split(latency_ms, 5)]
     how = f"resnet18: from when a frame was due to its answer, Poisson arrivals at half of the best rate, {half_load['offered_per_s']:.0f} a second, over "
-    how += f"{half_load['clients']} connections; p50 {float(np.median(latency_ms)):.2f} ms; sent up to {half_load['late_ms']:.2f} ms late (p99), which is in it; spread: of fifths of the time"
+    how += f"{half_load['clients']} connections; p50 {float(np.median(latency_ms)):.2f} ms; "
+    how += f"sent up to {half_load['late_ms']:.2f} ms late (p99), which is in it; spread: of fifths of the time"
     found["p99_ms_half_load"] = figure(float(np.quantile(latency_ms, 0.99)), "ms", how, n=len(latency_ms), spread=(min(parts), max(parts)))
     runs = [run for name in LOADS if name in raw for run in (*raw[name]["levels"], raw[name]["half_load"])]
     for count, what in (("errors", "refused, wrong or of another frame, and connections broken"), ("lost", "missing"), ("doubled", "given again")):
