@@ -21,7 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import figure
-from benchmarks.runtime_start import PICTURES, pictures, resnet20_bundle
+from benchmarks.runtime_start import PICTURES, pictures, untrained_bundle
 from pipeline.files import atomic_write_json
 from pipeline.runtime import coder, rans_twin
 from pipeline.runtime.bundle import DEVICE, DEVICE_ONLY, EDGE, Bundle, write_bundle
@@ -38,7 +38,7 @@ Way = tuple[Callable[[Symbols], bytes], Callable[[bytes], Symbols]]
 
 def bundles(folder: Path) -> tuple[Bundle, Bundle]:
     """In `folder`, a split whose code is 4,096 symbols of 4 bits with the tables that `export` chooses, in contexts, and one with one table a channel."""
-    chosen = resnet20_bundle(folder / "chosen", CODE_CHANNELS)
+    chosen = untrained_bundle(folder / "chosen", CODE_CHANNELS)
     manifest = chosen.manifest
     static = write_bundle(
         folder / "static",

@@ -69,8 +69,8 @@ def pictures(count: int) -> list[bytes]:
     return found
 
 
-def resnet20_bundle(out: Path, code_channels: int = 8) -> Bundle:
-    """A split bundle in `out` of an untrained ResNet-20 with a code of `code_channels` x 16 x 16, whose classes are balanced over `pictures`."""
+def untrained_bundle(out: Path, code_channels: int = 8, backbone_name: str = "resnet20", cut: str = CUT) -> Bundle:
+    """A split bundle in `out` of an untrained network for 32x32 pictures, 4-bit symbols, whose classes are balanced over `pictures`."""
     import torch
 
     from models.backbones import build_backbone
@@ -86,9 +86,9 @@ def resnet20_bundle(out: Path, code_channels: int = 8) -> Bundle:
         [*_, classifier] = (layer for layer in network.modules() if isinstance(layer, torch.nn.Linear))
         classifier.bias -= network(seen).mean(0)
 
-    candidate = Candidate(CUT, code_channels=code_channels, stride=1, bits=4)
+    candidate = Candidate(cut, code_channels=code_channels, stride=1, bits=4)
     with torch.no_grad():
-        backbone = build_backbone("resnet20", 10, 32).eval()
+        backbone = build_backbone(backbone_name, 10, 32).eval()
         balance(backbone)
         network = split_network(backbone, example, candidate).eval()
         balance(network)
@@ -112,9 +112,9 @@ def resnet20_bundle(out: Path, code_channels: int = 8) -> Bundle:
 
 
 @contextlib.contextmanager
-def edge_program(command: Sequence[str | Path], bundle: Path) -> Iterator[str]:
+def edge_program(command: Sequence[str | Path], bundle: Path, *options: str) -> Iterator[str]:
     """The address of an edge that `command`, for instance ["coinfer"], serves `bundle` with; it ends with the block."""
-    with subprocess.Popen([*command, "edge", "--bundle", bundle, "--port", "0"], stdout=subprocess.PIPE, text=True) as edge:
+    with subprocess.Popen([*command, "edge", "--bundle", bundle, "--port", "0", *options], stdout=subprocess.PIPE, text=True) as edge:
         assert edge.stdout is not None
         try:
             yield f"127.0.0.1:{edge.stdout.readline().split()[-1]}"
@@ -144,7 +144,7 @@ def measure() -> dict[str, list[float]]:
     """Samples of `first_prediction_s` and `device_rss_mb` through an edge on this machine, and of both `_alone` without one; files are in the page cache."""
     samples: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        bundle = resnet20_bundle(Path(folder) / "bundle").path
+        bundle = untrained_bundle(Path(folder) / "bundle").path
         coinfer = base_install(Path(folder)) / "coinfer"
         files = pictures(PICTURES)
         with edge_program([coinfer], bundle) as address:

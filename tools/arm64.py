@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.runtime_start import ROOT, build_wheel, edge_program, pictures, resnet20_bundle, uv
+from benchmarks.runtime_start import ROOT, build_wheel, edge_program, pictures, untrained_bundle, uv
 from pipeline.errors import CoinferError
 from pipeline.runtime.bundle import Bundle
 from pipeline.runtime.preprocess import IMAGE_SUFFIXES
@@ -53,7 +53,7 @@ def main() -> None:
         folder = Path(name)
         try:
             source = taken(options.source, folder / "pictures")
-            bundle = Bundle.load(options.bundle.resolve()) if options.bundle else resnet20_bundle(folder / "bundle")
+            bundle = Bundle.load(options.bundle.resolve()) if options.bundle else untrained_bundle(folder / "bundle")
             if bundle.kind != "split":
                 fail(f"{options.bundle} is of kind {bundle.kind}; give a split bundle.")
             print(compare(folder, bundle.path, source, install(folder)))
