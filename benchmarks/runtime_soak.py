@@ -98,35 +98,48 @@ class _Soak:
                 command = (*COINFER, "device", "--bundle", self._bundle.path, "--source", "stdin", "--edge", f"{HOST}:{port}")
                 options = ("--keys", self._keys / "soak", "--deadline", str(DEADLINE_MS))
                 self._device = await asyncio.create_subprocess_exec(*command, *options, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                self._begin_s = time.monotonic()
-                others = [asyncio.ensure_future(each) for each in (self._feed(), self._disturb(disruptions), self._watch(), self._tell())]
                 try:
-                    await self._hear()
-                    for task in others:
-                        if task.done():
-                            task.result()
+                    await self._begin()
+                    await self._until_answered(disruptions)
                 finally:
-                    for task in others:
-                        task.cancel()
-                    await asyncio.wait(others)
                     with contextlib.suppress(ProcessLookupError):
                         self._device.kill()
                 status = await self._device.wait()
-            await self._end_life("end")
+            if "end" not in self._lives[-1]:
+                await self._end_life("end")
         return self._found(status)
+
+    async def _begin(self) -> None:
+        """Time counts from the first record on, whatever the device needs to start."""
+        assert self._device.stdin is not None
+        assert self._device.stdout is not None
+        self._device.stdin.write(self._files[0])
+        first = await asyncio.wait_for(self._device.stdout.readline(), SILENCE_S)
+        self._begin_s = time.monotonic()
+        self._account.ask(0.0)
+        self._account.hear(first, 0.0)
+
+    async def _until_answered(self, disruptions: list[Disruption]) -> None:
+        async with asyncio.TaskGroup() as group:
+            disturbing = group.create_task(self._disturb(disruptions))
+            others = [group.create_task(each) for each in (self._feed(disturbing), self._watch(), self._tell())]
+            await self._hear()
+            for task in (disturbing, *others):
+                task.cancel()
 
     def _now_s(self) -> float:
         return time.monotonic() - self._begin_s
 
-    async def _feed(self) -> None:
+    async def _feed(self, disturbing: asyncio.Task[None]) -> None:
         assert self._device.stdin is not None
         with contextlib.suppress(ConnectionError):  # of a device that has ended, which the records tell
-            for number in range(self._requests):
+            for number in range(1, self._requests):
                 if (left_s := number * self._seconds / self._requests - self._now_s()) > 0:
                     await asyncio.sleep(left_s)
                 self._account.ask(self._now_s())
                 self._device.stdin.write(self._files[number % len(self._files)])
                 await self._device.stdin.drain()
+            await asyncio.wait([disturbing])
             self._device.stdin.close()
 
     async def _hear(self) -> None:
@@ -156,7 +169,7 @@ class _Soak:
 
     async def _watch(self) -> None:
         while True:
-            for pid, curve in ((self._device.pid, self._device_kib), (self._server.pid, self._lives[-1]["rss_kib"])):
+            for pid, curve in ((self._device.pid, self._device_kib), (self._server_pid, self._lives[-1]["rss_kib"])):
                 if (rss_kib := _rss_kib(pid)) is not None:
                     curve.append(rss_kib)
             await asyncio.sleep(self._seconds / SAMPLES)
@@ -184,6 +197,7 @@ class _Soak:
         assert self._server.stdout is not None
         ports = [int((await self._server.stdout.readline()).split()[-1]) for _ in range(2)]
         self._metrics_port, self._port = ports
+        self._server_pid = self._server.pid
         self._lives.append({"rss_kib": []})
 
     async def _end_life(self, kind: str) -> None:
@@ -198,20 +212,20 @@ class _Soak:
         life["drain_s"] = round(self._now_s() - end_s, 3)
 
     def _found(self, status: int) -> dict[str, Any]:
-        account = self._account
+        account, now_s = self._account, self._now_s()
+        for outage in self._outages:
+            outage["end_s"] = min(outage["end_s"], now_s)
         edges = [(each["begin_s"], each["end_s"]) for each in self._outages]
         for outage, recovery_s in zip(self._outages, account.recoveries_s(edges), strict=True):
             outage |= {"begin_s": round(outage["begin_s"], 3), "end_s": round(outage["end_s"], 3)}
             outage["recovery_s"] = None if recovery_s is None else round(recovery_s, 3)
         spans = account.spans()
-        after = 0.0
         for life, outage in zip(self._lives, [*(each for each in self._outages if each["kind"] in (KILL, DRAIN)), None], strict=False):
             until_s = outage["end_s"] if outage else float("inf")
             life["split_after"] = sum(is_split and life["seen_s"] <= begin_s < until_s for (begin_s, _), is_split in zip(spans, account.is_split, strict=False))
-            after += life["split_after"]
             life |= {"seen_s": round(life["seen_s"], 3), "end_s": round(life["end_s"], 3)}
         return {
-            "seconds": round(self._now_s(), 1),
+            "seconds": round(now_s, 1),
             "records": account.exactly_once(),
             "split": sum(account.is_split),
             "shares": account.shares(edges),

@@ -69,7 +69,8 @@ class Account:
         self.answered_s: list[float] = []
         self.is_split: list[bool] = []
         self.total_ms: list[float] = []
-        self.times: Counter[int] = Counter()
+        self.right: set[int] = set()
+        self.again = 0
         self.why: Counter[str] = Counter()
         self.wrong: list[str] = []
 
@@ -86,26 +87,24 @@ class Account:
         if "edge_error" in record:
             self.why[record["edge_error"]] += 1
         if record.get("frame") == number and self._is_of(record, number % self._pictures):
-            self.times[number] += 1
-        elif (other := self._picture_before(record, number)) is not None:
-            self.times[other] += 1
+            self.right.add(number)
         else:
             self.wrong.append(line.decode(errors="replace").strip())
+            self.again += any(self._is_of(record, n % self._pictures) for n in range(number - 1, max(-1, number - self._pictures), -1))
 
     def _is_of(self, record: dict[str, Any], picture: int) -> bool:
         labels, probabilities = self._expected.get(record.get("path", ""), ([], np.empty(0)))
         return bool(labels) and record["label"] == labels[picture] and abs(record["probability"] - probabilities[picture]) < TOLERANCE
 
-    def _picture_before(self, record: dict[str, Any], number: int) -> int | None:
-        """The last request whose answer this one is again."""
-        return next((n for n in range(number - 1, max(-1, number - self._pictures), -1) if self._is_of(record, n % self._pictures)), None)
-
     def exactly_once(self) -> dict[str, int]:
-        """How many were asked and answered, how many of them never, how many answers came again, and how many are of no picture."""
-        asked, answered = len(self.asked_s), len(self.answered_s)
-        lost = sum(not self.times[number] for number in range(asked))
-        doubled = sum(times - 1 for times in self.times.values()) + sum(number >= asked for number in self.times)
-        return {"asked": asked, "answered": answered, "lost": lost, "doubled": doubled, "wrong": len(self.wrong)}
+        """How many were asked and answered; how many of them have no answer of their own, and how many answers are an earlier picture's, or of none asked.
+
+        "wrong" is all that do not say what their own picture's answer is.
+        """
+        asked = len(self.asked_s)
+        lost = sum(number not in self.right for number in range(asked))
+        doubled = self.again + sum(number >= asked for number in self.right)
+        return {"asked": asked, "answered": len(self.answered_s), "lost": lost, "doubled": doubled, "wrong": len(self.wrong)}
 
     def spans(self) -> list[tuple[float, float]]:
         """Of each answer, when the device could begin and when it came."""
