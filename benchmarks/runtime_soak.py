@@ -58,10 +58,11 @@ def measure(minutes: float = 30, requests: int = 100_000, cuts: int = 20, kills:
 def soak(bundle: Bundle, files: list[bytes], seconds: float, requests: int, cuts: int, kills: int, seed: int) -> dict[str, Any]:
     """Send `files` over and over, `requests` evenly over `seconds`, to one `coinfer device`, and disturb its link and its server as `plan` says.
 
-    Returns {"seconds" (in all), "requests", "cuts", "kills", "seed", "deadline_ms", "link", "pictures": {"files", "distinct"}, "records" (see
-    `Account.exactly_once`), "shares" (see `Account.shares`), "by_second", "outages": [{"kind", "begin_s", "end_s", "recovery_s"}], "lives" of the server:
-    [{"end", "end_s", "executions", "split_after", "rss_kib", "drain_s"}], "memory": {"every_s", "device_kib"}, "total_ms": {path: {quantile: ms}}, "late"
-    (answers after the deadline), "why" (what the device said of the edge, how often), "wrong" (records), "device_status"}.
+    Returns {"seconds" (in all, from the first record on), "requests", "cuts", "kills", "seed", "deadline_ms", "link", "pictures": {"files", "distinct":
+    {path: answers that are no other picture's}}, "records" (see `Account.exactly_once`), "split" (answers), "shares" (see `Account.shares`), "by_second",
+    "outages": [{"kind", "begin_s", "end_s", "recovery_s"}], "lives" of the server: [{"end", "end_s", "drain_s" (from the signal to its end), "seen_s",
+    "executions" (at that moment), "split_after" (answers asked for later), "rss_kib"}], "memory": {"every_s", "device_kib"}, "total_ms": {path: {quantile:
+    ms}}, "late" (answers after the deadline), "why" (what the device said of the edge: answers), "wrong" (some records), "device_status"}.
     """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([*COINFER, "keys", f"{folder}/keys", "--edge", HOST, "--device", "soak"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
