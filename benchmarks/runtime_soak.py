@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import ROOT, figure
 from benchmarks.runtime_start import pictures, resnet20_bundle
-from benchmarks.soak_account import DRAIN, KILL, RESET, SILENT, Account, Disruption, growth, plan
+from benchmarks.soak_account import DRAIN, KILL, RESET, SILENT, WARM_UP, Account, Disruption, growth, plan
 from pipeline.costs.link import Link
 from pipeline.files import atomic_write_json
 from pipeline.runtime.bundle import Bundle
@@ -44,7 +44,8 @@ PICTURES = 1000
 DEADLINE_MS = 1000.0
 HOST = "127.0.0.1"
 SAMPLES = 900  # of memory
-LEAST_SAMPLES = 50  # of a server's life that says something about its memory
+WARM_UP_SAMPLES = round(WARM_UP * SAMPLES)
+LEAST_SAMPLES = 2 * WARM_UP_SAMPLES  # of a life of the server that says something about its memory
 SILENCE_S = 60.0  # without a record, after which the device is given up
 PROGRESS_S = 60.0
 
@@ -336,9 +337,10 @@ def figures(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory(raw: dict[str, Any]) -> dict[str, Any]:
-    how = "resident memory, median of the last tenth of the samples over that of the second tenth, minus 1"
-    device = [growth(raw["memory"]["device_kib"])]
-    server = [growth(life["rss_kib"]) for life in raw["lives"] if len(life["rss_kib"]) >= LEAST_SAMPLES]
+    warm_up_s = WARM_UP_SAMPLES * raw["memory"]["every_s"]
+    how = f"resident memory, median of the last tenth of the samples over that of as many after the first {warm_up_s:.0f} s, minus 1"
+    device = [growth(raw["memory"]["device_kib"], WARM_UP_SAMPLES)]
+    server = [growth(life["rss_kib"], WARM_UP_SAMPLES) for life in raw["lives"] if len(life["rss_kib"]) >= LEAST_SAMPLES]
     lives = f"{len(server)} lives of the server of at least {LEAST_SAMPLES * raw['memory']['every_s']:.0f} s"
     found = {"soak_memory_growth_device": figure(device[0], "share", f"{how}; the device")}
     if not server:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 RESET, SILENT, KILL, DRAIN = "reset", "silent", "kill", "drain"
-WARM_UP = 0.1  # of a run, before the first outage, and of a memory curve, which is not judged
+WARM_UP = 0.1  # of a run, before the first outage, and of each memory curve, where it is not judged
 LONGEST_S, SPACE_S = (1.0, 8.0), 24.0  # how long an outage lasts; where each has less than this to itself they are shorter in proportion
 CALM_S = 10.0  # before the next one, for what has to recover
 TOLERANCE = 2e-6  # of a probability of six decimals; two frames in one batch are added up in another order than one alone
@@ -47,10 +47,10 @@ def plan(seconds: float, cuts: int, kills: int, seed: int) -> list[Disruption]:
     return found
 
 
-def growth(rss_kib: Sequence[int]) -> float:
-    """Of a memory curve's last tenth over the tenth that follows its warm-up, medians."""
-    tenth = max(1, round(WARM_UP * len(rss_kib)))
-    return statistics.median(rss_kib[-tenth:]) / statistics.median(rss_kib[tenth : 2 * tenth]) - 1
+def growth(rss_kib: Sequence[int], warm_up: int) -> float:
+    """Of a memory curve's last tenth over as many samples after its first `warm_up`, medians."""
+    tenth = max(1, len(rss_kib) // 10)
+    return statistics.median(rss_kib[-tenth:]) / statistics.median(rss_kib[warm_up : warm_up + tenth]) - 1
 
 
 class Account:

@@ -37,7 +37,7 @@ def test_each_disruption_has_its_share_of_the_run_and_time_to_recover() -> None:
 
 
 def test_growth_is_of_the_end_over_what_follows_the_warm_up() -> None:
-    assert growth([10] * 10 + [100] * 10 + [170] * 70 + [103] * 10) == pytest.approx(0.03)
+    assert growth([10] * 10 + [100] * 10 + [170] * 70 + [103] * 10, 10) == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize(
