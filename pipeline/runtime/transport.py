@@ -207,7 +207,10 @@ class TcpTransport:
                 connection.close()
                 failure = error
         self._resolved = []  # it may have moved
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame: a cycle, which would keep the caller's picture until the garbage collector comes
 
     def _addresses(self, end_s: float) -> list[tuple[socket.AddressFamily, Any]]:
         """Of the host; asked for in a thread, as looking up a name cannot be given up."""
@@ -226,7 +229,10 @@ class TcpTransport:
             except queue.Empty:
                 raise TimeoutError("its name could not be looked up in time") from None
             if isinstance(answer, OSError):
-                raise answer
+                try:
+                    raise answer
+                finally:
+                    del answer  # as in `_connect`
             self._resolved = answer
         return self._resolved
 

@@ -1,10 +1,12 @@
 """A device whose edge fails in every way still answers each picture, and goes back to splitting."""
 
 import contextlib
+import gc
 import socket
 import subprocess
 import sys
 import threading
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.runtime.device import DeviceHalf
+from pipeline.runtime.dial import dial
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.fallback import LONGEST_PAUSE_S, Fallback
 from pipeline.runtime.server import edge_process
@@ -217,6 +220,22 @@ def test_a_name_that_cannot_be_looked_up_in_time_holds_up_nobody(bundle, picture
     _, why = Fallback(DeviceHalf(bundle), TcpTransport("edge.local", 7070), 100).classify(picture)
     over.set()
     assert "looked up in time" in str(why)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere.invalid:9", "grpc://127.0.0.1:9"])
+def test_a_picture_that_the_edge_did_not_answer_is_let_go_at_once_not_when_the_garbage_collector_comes(bundle, picture, address, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.dial.device_keys", lambda folder, host: None)  # of an edge beyond loopback
+    fallback, own = Fallback(DeviceHalf(bundle), dial(address), 1_000), picture.copy()
+    known = weakref.ref(own)
+    gc.collect()
+    gc.disable()
+    try:
+        assert fallback.classify(own)[1]
+        del own
+        assert known() is None
+    finally:
+        gc.enable()
+        fallback._transport.close()
 
 
 def test_a_deadline_too_short_for_the_device_half_says_so(bundle, picture):
