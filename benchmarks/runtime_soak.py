@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import ROOT, figure
-from benchmarks.runtime_start import pictures, resnet20_bundle
+from benchmarks.runtime_start import pictures, untrained_bundle
 from benchmarks.soak_account import DRAIN, KILL, RESET, SILENT, WARM_UP, Account, Disruption, growth, plan
 from pipeline.costs.link import Link
 from pipeline.files import atomic_write_json
@@ -53,7 +53,7 @@ PROGRESS_S = 60.0
 def measure(minutes: float = 30, requests: int = 100_000, cuts: int = 20, kills: int = 5, seed: int = 0) -> dict[str, Any]:
     """`soak` of an untrained ResNet-20 and `PICTURES` JPEG files."""
     with tempfile.TemporaryDirectory() as folder:
-        return soak(resnet20_bundle(Path(folder) / "bundle"), pictures(PICTURES), 60 * minutes, requests, cuts, kills, seed)
+        return soak(untrained_bundle(Path(folder) / "bundle"), pictures(PICTURES), 60 * minutes, requests, cuts, kills, seed)
 
 
 def soak(bundle: Bundle, files: list[bytes], seconds: float, requests: int, cuts: int, kills: int, seed: int) -> dict[str, Any]:
