@@ -55,12 +55,12 @@ from pipeline.search.trial_training import TrialTraining
 BACKBONE, IMAGE_SIZE, SEED = "resnet20", 32, 0
 RATES_MBPS, SLOWDOWNS, RTT_MS = (0.1, 0.5, 2.0, 10.0), (10.0, 40.0), 10.0
 VISITS, IMAGES, WARMUP = 3, 12, 3  # of a place: timed images of each visit, and untimed ones before them
-TRAIN_IMAGES, VALIDATION_IMAGES = 1_000, 200
+TRAIN_IMAGES, VALIDATION_SHARE, TEST_IMAGES = 1_200, 1 / 6, 600
 PROFILE, SERVED = "runtime-predicted", "served"
 SPACE = Search(
     trials=1,
     codec_steps=60,
-    train_images=TRAIN_IMAGES,
+    train_images=1_000,
     keep=[0.5, 1.0],
     codecs=["uniform", "rate"],
     code_channels=[4, 8, 16],
@@ -115,16 +115,17 @@ def measure(
 
     `example` holds data/train/CLASS/*, data/test/CLASS/* and the weights of the backbone; without `profile` one of this machine is measured before.
     """
-    train, test = (_images(example / "data" / name, count) for name, count in (("train", TRAIN_IMAGES + VALIDATION_IMAGES), ("test", visits * images)))
+    train, test = (_images(example / "data" / name, count) for name, count in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)))
     backbone = build_backbone(BACKBONE, 10, IMAGE_SIZE, example / "weights" / f"{BACKBONE}-cifar10jpeg.safetensors").eval()
     cores = sorted(os.sched_getaffinity(0))
+    known = profile or _profile()
     with tempfile.TemporaryDirectory(prefix="coinfer-") as folder, pinned(cores[0]):
-        known = profile or _profile()
         problem = Problem(backbone, cut_points(backbone, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)), space, Codec(), known.channel_block)
-        trained, judged = (train[0][VALIDATION_IMAGES:], train[1][VALIDATION_IMAGES:]), train[0][:VALIDATION_IMAGES]
+        held_back = int(len(train[1]) * VALIDATION_SHARE)
+        trained, judged = (train[0][held_back:], train[1][held_back:]), train[0][:held_back]
         makes = _made(problem, choices, trained, judged.numpy(), Path(folder))
         places = _predicted(problem, makes, known, rates_mbps, slowdowns)
-        _measured(places, makes, test[0].numpy(), Path(folder) / SERVED, visits, cores[-1])
+        _measured(places, makes, test[0].numpy(), Path(folder) / SERVED, visits, images, cores[-1])
     candidates = [{"label": made.candidate.label(), **made.candidate.to_dict()} for made in makes]
     machine = {"name": known.name, "runtime": known.runtime, "machine": dict(known.machine), "threads": known.threads}
     return {"profile": machine, "candidates": candidates, "rtt_ms": RTT_MS, "places": places}
@@ -269,8 +270,8 @@ def _predicted(problem: Problem, makes: Sequence[Made], profile: DeviceProfile, 
     return places
 
 
-def _measured(places: Sequence[Raw], makes: Sequence[Made], test: Pixels, served: Path, visits: int, far: int) -> None:
-    """Visit all places in random order, time and again, each time with other images; the edge and its links run on core `far`."""
+def _measured(places: Sequence[Raw], makes: Sequence[Made], test: Pixels, served: Path, visits: int, images: int, far: int) -> None:
+    """Visit all places in random order, time and again, each time with `images` drawn anew; the edge and its links run on core `far`."""
     with ExitStack() as stack:
         with pinned(far):
             edge = stack.enter_context(program("edge", "--bundle", served))
@@ -279,12 +280,12 @@ def _measured(places: Sequence[Raw], makes: Sequence[Made], test: Pixels, served
                 for rate in sorted({place["rate_mbps"] for place in places})
             }
         random = np.random.default_rng(SEED)
-        for number, images in enumerate(np.split(test, visits)):
+        for number in range(visits):
             print(f"predicted: visit {number + 1} of {visits}", file=sys.stderr, flush=True)
             for index in random.permutation(len(places)):
-                place = places[index]
+                place, drawn = places[index], test[random.choice(len(test), images, replace=False)]
                 with closing(dial(f"127.0.0.1:{ports[place['rate_mbps']]}")) as transport:
-                    _visit(place, DeviceHalf(makes[place["candidate"]].bundle, 1, place["slowdown"]), transport, images)
+                    _visit(place, DeviceHalf(makes[place["candidate"]].bundle, 1, place["slowdown"]), transport, drawn)
 
 
 def _visit(place: Raw, half: DeviceHalf, transport: Transport, images: Pixels) -> None:
