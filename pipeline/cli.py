@@ -267,6 +267,9 @@ def device(
     signed_by: SignedOption = None,
 ) -> None:
     """Run the device half on images; print one JSON line an image."""
+    ignored = [option for option, value in {"--keys": keys, "--name": name, "--compact": compact or None}.items() if value is not None]
+    if edge is None and ignored:
+        raise ParamsError(f"{', '.join(ignored)} would change nothing, as no edge is asked; give --edge too, or leave that out.")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it as SIGTERM does, without a word: it leaves nothing half-written
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads that nothing here uses, a tenth of the time to the first record
     from pipeline.runtime.bundle import Bundle
@@ -278,7 +281,7 @@ def device(
         from pipeline.runtime.signing import Signer
 
         Signer(signed_by).check(opened)
-    transport = dial(edge, keys, name, opened.bundle_id if compact else b"") if edge else None
+    transport = dial(edge, keys, name, opened.bundle_id if compact else b"") if edge is not None else None
     for record in classify(opened, transport, source, threads=threads, point=point, deadline_ms=deadline):
         _put_line(json.dumps(record))
 
