@@ -139,7 +139,7 @@ def token_names(path: Path) -> dict[str, str]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise KeysError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); restore it, or remove it and make the devices' keys again with `coinfer keys`."
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); restore or remove it, and make the devices' keys again with `coinfer keys`."
         ) from error
     names = {}
     for number, line in enumerate(lines, 1):
