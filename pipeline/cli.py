@@ -201,11 +201,11 @@ def edge(
         options["check"] = Signer(signed_by).check
     run = partial(serve, bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, **options)
     if log_mlflow:
-        from pipeline.serving import log_serving
-        from pipeline.tracking import new_run
+        from pipeline.serving import log_or_keep
+        from pipeline.tracking import check_tracking
 
-        with new_run("serve", {"stage": "serve"}) as tracker:  # opened first, or what was counted might have nowhere to go
-            log_serving(run(), tracker)
+        check_tracking()
+        log_or_keep(run())
     else:
         run()
 

@@ -137,6 +137,8 @@ def token_names(path: Path) -> dict[str, str]:
     """
     try:
         lines = path.read_text().splitlines()
+    except FileNotFoundError as error:
+        raise _unusable(path, error) from error
     except (OSError, UnicodeDecodeError) as error:
         raise KeysError(
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); restore or remove it, and make the devices' keys again with `coinfer keys`."
