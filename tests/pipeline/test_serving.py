@@ -57,7 +57,7 @@ def test_totals_and_each_bundle_are_runs_with_pictures(tally, tmp_path, monkeypa
 def test_where_nothing_can_be_logged_or_written_the_summary_is_printed(tally, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http:/nowhere")
     monkeypatch.chdir("/proc")
-    with pytest.raises(CoinferError, match="could not be logged and is on standard output.*MLflow at http:/nowhere cannot be used"):
+    with pytest.raises(CoinferError, match=r"could not be logged and is on standard output.*MLflow at http:/nowhere cannot be used"):
         log_or_keep(tally)
     assert json.loads(capsys.readouterr().out)["bundles"]["6f757273"]["answered"] == 4
 
