@@ -9,12 +9,15 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.errors import CoinferError, Interrupted, ParamsError
 from pipeline.paths import PARAMS
+
+if TYPE_CHECKING:
+    from pipeline.runtime.bundle import Bundle
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Device-edge co-inference: find, train, export and run a split."
@@ -198,11 +201,11 @@ def edge(
         options["check"] = Signer(signed_by).check
     run = partial(serve, bundle, host, port, threads=threads, batching=Batching(max_batch, max_delay), limits=limits, **options)
     if log_mlflow:
-        from pipeline.serving import log_serving
-        from pipeline.tracking import new_run
+        from pipeline.serving import log_or_keep
+        from pipeline.tracking import check_tracking
 
-        with new_run("serve", {"stage": "serve"}) as tracker:  # opened first, or what was counted might have nowhere to go
-            log_serving(run(), tracker)
+        check_tracking()
+        log_or_keep(run())
     else:
         run()
 
@@ -243,14 +246,17 @@ def link(
     stall: Annotated[str | None, typer.Option("--stall", metavar="EVERY:FOR", help="nothing passes in the last FOR of every EVERY seconds")] = None,
     cut: Annotated[str | None, typer.Option("--cut", metavar="EVERY:FOR", help="connections are reset then, new ones as soon as they are accepted")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of jitter and loss")] = 0,
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; beyond loopback with --anyone only")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one")] = 7072,
+    anyone: Annotated[
+        bool, typer.Option("--anyone", help="let other machines reach the server through the link, also one that listens on loopback only")
+    ] = False,
 ) -> None:
     """Relay TCP connections over an emulated link; a device that is told this address reaches the edge as through a radio."""
     from pipeline.runtime.address import parse_address
     from pipeline.runtime.relay import Relay, link_and_weather, serve_link
 
-    serve_link(Relay(*link_and_weather(rate, rtt, trace, jitter, loss, stall, cut), parse_address(to, "127.0.0.1:7070"), seed), host, port)
+    serve_link(Relay(*link_and_weather(rate, rtt, trace, jitter, loss, stall, cut), parse_address(to, "127.0.0.1:7070"), seed), host, port, anyone)
 
 
 @app.command()
@@ -267,18 +273,17 @@ def device(
     signed_by: SignedOption = None,
 ) -> None:
     """Run the device half on images; print one JSON line an image."""
+    ignored = [option for option, value in {"--keys": keys, "--name": name, "--compact": compact or None}.items() if value is not None]
+    if edge is None and ignored:
+        raise ParamsError(f"{', '.join(ignored)} would change nothing, as no edge is asked; give --edge too, or leave that out.")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it as SIGTERM does, without a word: it leaves nothing half-written
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads that nothing here uses, a tenth of the time to the first record
     from pipeline.runtime.bundle import Bundle
     from pipeline.runtime.dial import dial
     from pipeline.runtime.records import classify
 
-    opened = Bundle.load(bundle)
-    if signed_by is not None:
-        from pipeline.runtime.signing import Signer
-
-        Signer(signed_by).check(opened)
-    transport = dial(edge, keys, name, opened.bundle_id if compact else b"") if edge else None
+    opened = _checked(Bundle.load(bundle), signed_by)
+    transport = dial(edge, keys, name, opened.bundle_id if compact else b"") if edge is not None else None
     for record in classify(opened, transport, source, threads=threads, point=point, deadline_ms=deadline):
         _put_line(json.dumps(record))
 
@@ -310,6 +315,7 @@ def bundle_sign(
 def bundle_triton(
     bundle: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
     out: Annotated[Path, typer.Argument(help="a new folder: the model repository")],
+    signed_by: SignedOption = None,
     max_batch: Annotated[int, typer.Option(min=1, help="frames that run together")] = 8,
     max_delay: Annotated[float, typer.Option(min=0, max=10_000, metavar="MS", help="that frames wait for others once decoded")] = 0,
 ) -> None:
@@ -318,7 +324,15 @@ def bundle_triton(
     from pipeline.runtime.lane import Batching
     from pipeline.runtime.triton import write_repository
 
-    print(write_repository(Bundle.load(bundle), out, Batching(max_batch, max_delay)))
+    print(write_repository(_checked(Bundle.load(bundle), signed_by), out, Batching(max_batch, max_delay)))
+
+
+def _checked(bundle: Bundle, signed_by: Path | None) -> Bundle:
+    if signed_by is not None:
+        from pipeline.runtime.signing import Signer
+
+        Signer(signed_by).check(bundle)
+    return bundle
 
 
 def main() -> None:

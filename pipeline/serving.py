@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
+import time
 from pathlib import Path
 
+from pipeline.errors import CoinferError
 from pipeline.files import atomic_write_json
 from pipeline.plots import histograms
 from pipeline.runtime.tally import Served, Tally
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, little_patience, new_run
 
 QUANTILES = {"p50": 0.5, "p99": 0.99}
+
+
+def log_or_keep(tally: Tally) -> None:
+    """`log_serving` as a new run of MLflow; where that fails, or is interrupted, the summary goes to a file in the current folder,
+    and if that cannot be written to standard output.
+
+    Raises:
+        CoinferError: it failed; says where the summary is.
+    """
+    try:
+        with little_patience(), new_run("serve", {"stage": "serve"}) as tracker:
+            log_serving(tally, tracker)
+    except (CoinferError, KeyboardInterrupt) as error:
+        summary, path = tally.summary(), Path(f"coinfer-edge-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.json")
+        try:
+            atomic_write_json(path, summary)
+            where = f"kept in {path.resolve()}"
+        except CoinferError:  # a service may have nowhere to write
+            print(json.dumps(summary), flush=True)
+            where = "on standard output, as no file can be written here"
+        raise CoinferError(f"what was served could not be logged and is {where}: {str(error) or 'it was interrupted.'}") from error
 
 
 def log_serving(tally: Tally, tracker: Tracker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -10,8 +11,10 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EXPERIMENT = "coinfer"
+SCHEMES = re.compile(r"|file|https?|databricks|databricks-uc|uc|(sqlite|postgresql|mysql|mssql)(\+\w+)?")  # beside those of MLflow's plugins
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # s; by default MLflow tries for minutes, without a word
 SQLITE = "sqlite:///"
 _PLAIN = re.compile(r"[\w-]+")
 
@@ -46,6 +51,33 @@ def tracking_uri() -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     return f"{SQLITE}{Path(os.environ.get('DVC_ROOT', '.')).resolve() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
+
+
+def check_tracking() -> None:
+    """Find out what can be found out without asking anybody, and without the seconds that importing MLflow takes.
+
+    Raises:
+        CoinferError: no MLflow can be at such an address.
+        ModuleNotFoundError: MLflow is not installed.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        raise ModuleNotFoundError("MLflow is not installed", name="mlflow")
+    parts = urlsplit(uri := tracking_uri())
+    known = SCHEMES.fullmatch(parts.scheme) or parts.scheme in {point.name for point in entry_points(group="mlflow.tracking_store")}
+    if not known or (parts.scheme in ("http", "https") and not parts.hostname):
+        raise CoinferError(f"MLFLOW_TRACKING_URI is {uri!r}, where no MLflow can be; give for instance http://HOST:5000 or sqlite:///mlflow.db.")
+
+
+@contextmanager
+def little_patience() -> Iterator[None]:
+    """MLflow gives a server that does not answer up within half a minute, unless the environment says how long it should try."""
+    ours = PATIENCE.keys() - os.environ.keys()
+    os.environ.update({name: PATIENCE[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def provenance(stage: str, device: str | None, params_file: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import Kind, pack, unpack
 from pipeline.runtime.images import encode_image
 from pipeline.runtime.timing import Stopwatch, timed
-from pipeline.runtime.transport import REPLY_TIMEOUT_S, EdgeUnreachable, Transport
+from pipeline.runtime.transport import REPLY_TIMEOUT_S, EdgeUnreachable, Transport, excerpt
 
 PARTS = ("device_ms", "encode_ms", "link_ms", "decode_ms", "edge_ms", "total_ms")
 
@@ -98,7 +98,7 @@ class DeviceHalf:
         with watch.part("round_trip"):
             reply = unpack(transport.request(frame, left_s))
         if reply.kind is Kind.ERROR:
-            raise FrameError(f"the edge refused: {reply.payload.decode(errors='replace')}")
+            raise FrameError(f"the edge refused: {excerpt(reply.payload.decode(errors='replace'))}")
         if reply.kind is not Kind.REPLY or reply.bundle_id != self._bundle.bundle_id:
             raise FrameError(f"the edge answered with {reply.kind.name} of bundle {reply.bundle_id.hex()}; give device and edge the same bundle.")
         if len(reply.payload) != REPLY_TIMES.size + 4 * len(self._bundle.classes):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.errors import ParamsError
@@ -12,6 +11,7 @@ from pipeline.runtime.address import parse_address
 from pipeline.runtime.guard import device_keys
 from pipeline.runtime.hello import DEVICE_NAME, Hello
 from pipeline.runtime.transport import TcpTransport, Transport
+from pipeline.runtime.version import coinfer_version
 
 
 def dial(address: str, keys: Path | None = None, name: str | None = None, compact: bytes = b"") -> Transport:
@@ -40,7 +40,7 @@ def dial(address: str, keys: Path | None = None, name: str | None = None, compac
         raise ParamsError(f"a device cannot be called {name[:80]!r}; give up to 64 letters, digits and _.-")
     if held and name not in (None, held.device):
         raise ParamsError(f"the keys in {keys} are those of {held.device}, not of {name}; leave --name out.")
-    hello = Hello(held.device if held else name or _machine(), _version(), held.token if held else "", compact.hex())
+    hello = Hello(held.device if held else name or _machine(), coinfer_version(), held.token if held else "", compact.hex())
     if scheme == "grpc":
         from pipeline.runtime.grpc_transport import GrpcTransport
 
@@ -51,10 +51,3 @@ def dial(address: str, keys: Path | None = None, name: str | None = None, compac
 def _machine() -> str:
     found = DEVICE_NAME.match(re.sub(r"[^\w.-]", "-", socket.gethostname(), flags=re.ASCII))
     return found[0] if found else "device"
-
-
-def _version() -> str:
-    try:
-        return version("coinfer")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"

@@ -44,8 +44,7 @@ class Fallback:
         now_s: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        if not 0 < deadline_ms < float("inf"):
-            raise ParamsError(f"the deadline is {deadline_ms} ms; give a positive number.")
+        check_deadline(deadline_ms)
         self._device, self._transport, self._deadline_ms = device, transport, deadline_ms
         self._now_s, self._draw = now_s, draw
         self._failures, self._why = 0, ""
@@ -86,6 +85,14 @@ class Fallback:
         answer = self._device.classify_locally(pixels)
         self._local_ms.append(answer.parts["total_ms"])
         return answer
+
+
+def check_deadline(deadline_ms: float) -> None:
+    """Raises:
+    ParamsError: it is not positive.
+    """
+    if not 0 < deadline_ms < float("inf"):
+        raise ParamsError(f"the deadline is {deadline_ms} ms; give a positive number.")
 
 
 def _later(answer: Answer, part: str, ms: float) -> Answer:

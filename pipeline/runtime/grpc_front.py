@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,6 +20,7 @@ from pipeline.runtime.hello import Hello
 from pipeline.runtime.lane import BUSY, FAILED
 from pipeline.runtime.server import EdgeServer
 from pipeline.runtime.tally import Refusal
+from pipeline.runtime.version import coinfer_version
 
 ROOM_BYTES = 4096  # of a message, beside the payload of the largest frame
 MOST_DETAILS = 1000  # characters; a client takes 8 KiB of headers at most
@@ -150,7 +150,7 @@ class GrpcFront:
         return oip.message("ServerReadyResponse")(ready=self._server.is_ready)
 
     async def _ServerMetadata(self, request: Any, name: str) -> Any:
-        return oip.message("ServerMetadataResponse")(name="coinfer", version=_version())
+        return oip.message("ServerMetadataResponse")(name="coinfer", version=coinfer_version())
 
     async def _ModelReady(self, request: Any, name: str) -> Any:
         known = request.name in self._models() and request.version in ("", oip.VERSION)
@@ -255,10 +255,3 @@ def _credentials(keys: EdgeKeys) -> grpc.ServerCredentials:
 def _address(peer: str) -> str:
     """The host of `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`, as TCP clients are known by."""
     return unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
-
-
-def _version() -> str:
-    try:
-        return version("coinfer")
-    except PackageNotFoundError:  # run from a checkout
-        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import Kind, pack
 from pipeline.runtime.guard import DeviceKeys
 from pipeline.runtime.hello import Hello
-from pipeline.runtime.transport import REPLY_TIMEOUT_S, EdgeUnreachable
+from pipeline.runtime.transport import REPLY_TIMEOUT_S, EdgeUnreachable, distrust, excerpt
 
 OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever earlier ones met; when to try is for the caller to say
@@ -25,6 +26,7 @@ OPTIONS = (
     ("grpc.http2.bdp_probe", 0),  # replies are small, and on a narrow link its pings are not
 )
 LONGEST_MS = 1e9
+DISTRUST = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:]+)|Hostname Verification Check failed")  # in the details of UNAVAILABLE
 AWAY = {grpc.StatusCode.UNAVAILABLE: "", grpc.StatusCode.DEADLINE_EXCEEDED: "timed out", grpc.StatusCode.CANCELLED: ""}
 
 
@@ -55,7 +57,7 @@ class GrpcTransport:
         """
         kept, end_s = self._channel is not None, time.monotonic() + timeout_s
         try:
-            data = self._call(_request(frame), timeout_s)
+            data = self._call(_request(frame), end_s)
         except grpc.RpcError as error:
             code: grpc.StatusCode = error.code()
             if code not in AWAY:
@@ -63,9 +65,11 @@ class GrpcTransport:
             self.close()
             if kept and code is grpc.StatusCode.UNAVAILABLE:  # an edge that restarted has dropped the old connection
                 return self.request(frame, end_s - time.monotonic())
-            reason = AWAY[code] or error.details()
+            details, checks = error.details() or code.name, "check address and keys" if self._keys else "check the address"
+            if found := DISTRUST.search(details):
+                raise distrust(f"grpc://{self._address}", found[1] or "Hostname mismatch") from error
             raise EdgeUnreachable(
-                f"edge grpc://{self._address} does not answer ({reason}); start it with `coinfer edge --grpc-port` or check the address."
+                f"edge grpc://{self._address} does not answer ({AWAY[code] or excerpt(details)}); start it with `coinfer edge --grpc-port` or {checks}."
             ) from error
         return _reply(data, frame[1:5])
 
@@ -78,12 +82,12 @@ class GrpcTransport:
             self._channel.close()
             self._channel = None
 
-    def _call(self, request: bytes, timeout_s: float) -> bytes:
+    def _call(self, request: bytes, end_s: float) -> bytes:
         if self._channel is None:
             self._channel = self._opened()
             self._infer = self._channel.unary_unary(oip.path("ModelInfer"))
         alone = self.alone
-        data: bytes = self._infer(request, timeout_s, replace(self._hello, alone=alone).to_metadata() if alone else self._metadata)
+        data: bytes = self._infer(request, end_s - time.monotonic(), replace(self._hello, alone=alone).to_metadata() if alone else self._metadata)
         self.alone -= alone
         return data
 
@@ -115,7 +119,7 @@ def _reply(data: bytes, bundle_id: bytes) -> bytes:
         raise FrameError(f"the edge's answer of {len(data)} bytes is no ModelInferResponse; check that it speaks the Open Inference Protocol.") from error
     names = [output.name for output in answer.outputs]
     if oip.LOGITS not in names:
-        raise FrameError(f"the edge's answer has the outputs {names[:8]} and no {oip.LOGITS}; check its model.")
+        raise FrameError(f"the edge's answer has the outputs {[name[:80] for name in names[:8]]} and no {oip.LOGITS}; check its model.")
     place = names.index(oip.LOGITS)
     raw = answer.raw_output_contents
     if raw and len(raw) != len(names):

@@ -47,10 +47,7 @@ class EdgeKeys:
         self.context = _context(folder, ssl.PROTOCOL_TLS_SERVER)
         self.context.num_tickets = 0  # a connection lasts; a ticket would only be bytes
         self._seen = _print(self._tokens)
-        try:
-            self._names = token_names(self._tokens)
-        except (OSError, UnicodeDecodeError) as error:
-            raise _unusable(self._tokens, error) from error
+        self._names = token_names(self._tokens)
 
     def pems(self) -> tuple[bytes, bytes, bytes]:
         """Key, certificate and authority, for who makes no use of `context`."""
@@ -73,7 +70,7 @@ class EdgeKeys:
         self._seen = found
         try:
             self._names = token_names(self._tokens)
-        except (KeysError, OSError, UnicodeDecodeError) as error:
+        except KeysError as error:
             print(f"coinfer: the tokens stay as they were: {error}", file=sys.stderr, flush=True)
 
 
@@ -136,14 +133,21 @@ def token_names(path: Path) -> dict[str, str]:
     """Device by digest, of the edge's `tokens`.
 
     Raises:
-        KeysError: a line is none.
-        OSError, UnicodeDecodeError: the file cannot be read.
+        KeysError: the file cannot be read, or a line is none.
     """
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError as error:
+        raise _unusable(path, error) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeysError(
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); restore or remove it, and make the devices' keys again with `coinfer keys`."
+        ) from error
     names = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
             if not (found := _LINE.fullmatch(line.strip())):
-                raise KeysError(f"{path}, line {number}, is no NAME SHA256; make it again with `coinfer keys`.")
+                raise KeysError(f"{path}, line {number}, is no NAME SHA256; remove it, and make that device's keys again with `coinfer keys`.")
             names[found[2]] = found[1]
     return names
 

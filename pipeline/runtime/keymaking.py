@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pipeline.runtime.guard import AUTHORITY, CERTIFICATE, KEY, TOKEN, TOKENS, d
 from pipeline.runtime.hello import DEVICE_NAME
 
 EDGE, AUTHORITY_KEY = "edge", "ca.key"
+TAKEN = (EDGE, AUTHORITY_KEY, AUTHORITY)  # by what is no device in the folder of all keys
 AUTHORITY_DAYS = 3650
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 ALWAYS = ("localhost", "127.0.0.1", "::1")  # an edge is tried on its own machine, and behind a relay, under these names
@@ -32,22 +34,24 @@ def make_keys(folder: Path, edge: Sequence[str], devices: Sequence[str], days: i
     Returns the folders written, each to be copied to its machine.
 
     Raises:
-        KeysError: a name that cannot be used, nothing to make, or an authority that is broken.
+        KeysError: a name that cannot be used, nothing to make, or an authority or a list of tokens that is broken; nothing is written then.
         CoinferError: `folder` cannot be written.
     """
     for name in devices:
-        if not DEVICE_NAME.fullmatch(name) or name == EDGE:
-            raise KeysError(f"a device cannot be called {name[:80]!r}; give up to 64 letters, digits and _.- other than {EDGE!r}.")
-    if not edge and not (folder / EDGE / CERTIFICATE).exists():
+        if not DEVICE_NAME.fullmatch(name) or name in TAKEN:
+            raise KeysError(f"a device cannot be called {name[:80]!r}; give up to 64 letters, digits and _.- other than {', '.join(TAKEN)}.")
+    if not edge and not devices:
+        raise KeysError("there are no keys to make; say with --edge under which name or address devices reach the edge, or name a device with --device.")
+    if not edge and not os.path.exists(folder / EDGE / CERTIFICATE):
         raise KeysError(f"{folder} has no keys of an edge yet; say with --edge under which name or address devices reach it.")
     names = [_general_name(name) for name in dict.fromkeys((*edge, *ALWAYS))]
+    tokens = folder / EDGE / TOKENS
+    known = {name: kept for kept, name in token_names(tokens).items()} if os.path.lexists(tokens) else {}
     authority = _authority(folder)
     written = []
     if edge:
         _signed(folder / EDGE, authority, edge[0], ExtendedKeyUsageOID.SERVER_AUTH, names, days)
         written.append(folder / EDGE)
-    tokens = folder / EDGE / TOKENS
-    known = {name: kept for kept, name in token_names(tokens).items()} if tokens.exists() else {}
     for device in devices:
         token = secrets.token_urlsafe(32)
         _signed(folder / device, authority, device, ExtendedKeyUsageOID.CLIENT_AUTH, [], days)
@@ -69,7 +73,7 @@ def _authority(folder: Path) -> Authority:
             raise ValueError("key and certificate are not of one pair")
         return certificate, key
     except (OSError, ValueError, TypeError) as error:
-        if (folder / AUTHORITY_KEY).exists() or (folder / AUTHORITY).exists():
+        if os.path.lexists(folder / AUTHORITY_KEY) or os.path.lexists(folder / AUTHORITY):
             raise KeysError(f"the authority in {folder} cannot be used ({error}); restore it, or begin anew in another folder.") from error
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"coinfer {secrets.token_hex(4)}")])
@@ -126,5 +130,6 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     with atomic_path(path) as temporary:
-        temporary.touch(0o600)  # before anything is in it
-        temporary.write_bytes(data)
+        temporary.unlink(missing_ok=True)  # of a run that was killed; whoever has it open would read the next one too
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from pipeline.errors import CoinferError, KeysError
 from pipeline.runtime.guard import is_loopback
 from pipeline.runtime.tally import Histogram
+from pipeline.runtime.version import coinfer_version
 
 if TYPE_CHECKING:
     from pipeline.runtime.server import EdgeServer
@@ -39,7 +40,7 @@ class EdgeCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         server, tally = self._server, self._server.tally
-        yield InfoMetricFamily("coinfer", "version of coinfer", {"version": version("coinfer")})
+        yield InfoMetricFamily("coinfer", "version of coinfer", {"version": coinfer_version()})
         ready = GaugeMetricFamily("coinfer_ready", "1 while frames are taken")
         ready.add_metric([], server.is_ready)
         yield ready
@@ -105,6 +106,10 @@ class _Handler(WSGIRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that leave in any way are no news."""

@@ -18,12 +18,19 @@ from pipeline.errors import CoinferError, DataError
 from pipeline.runtime.preprocess import IMAGE_SUFFIXES, open_image
 
 STDIN = "stdin"
-ENDED = "it ended"
 CAMERAS = ("/dev/video", "/dev/v4l/")
 MOST_JPEG_BYTES = 64 << 20
 OPEN_TIMEOUT_S, FRAME_TIMEOUT_S = 10.0, 10.0
 SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
 ALONE = {0x01, *range(0xD0, 0xD8)}  # JPEG markers without a length: TEM and RST
+
+
+class _NoVideo(DataError):
+    """A video, camera or stream cannot be read, or no further, for the `reason` alone."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"{_public(source)} cannot be read as a video ({reason}); check that it is one, and there.")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ def _files(path: Path) -> Iterator[Shot]:
 
 
 def _stream(stream: BinaryIO) -> Iterator[Shot]:
+    number = -1
     for number, data in enumerate(jpegs(stream)):
         try:
             picture = Image.open(io.BytesIO(data), formats=["JPEG"])
@@ -86,6 +94,8 @@ def _stream(stream: BinaryIO) -> Iterator[Shot]:
             yield Shot({"frame": number}, None, f"image {number} on standard input cannot be read ({error}).")
             continue
         yield Shot({"frame": number}, picture)
+    if number < 0:
+        raise DataError("standard input holds no image; send JPEG images one after another, or give another source.")
 
 
 def jpegs(stream: BinaryIO) -> Iterator[bytes]:
@@ -179,10 +189,10 @@ def _camera(source: str) -> Iterator[Shot]:
     """The newest frame each time one is asked for; decoding goes on meanwhile in a thread."""
     ready, closing = threading.Condition(), threading.Event()
     newest: list[tuple[int, Any]] = []
-    ended: list[str] = []
+    ended: list[Exception] = []
 
     def watch() -> None:
-        reason = ENDED
+        end: Exception = _NoVideo(source, "it ended")
         try:
             for frame in enumerate(_frames(source)):
                 with ready:
@@ -191,9 +201,9 @@ def _camera(source: str) -> Iterator[Shot]:
                 if closing.is_set():
                     return
         except Exception as error:  # whatever it is, who waits must hear of it
-            reason = str(error)
+            end = error
         with ready:
-            ended.append(reason)
+            ended.append(end)
             ready.notify()
 
     threading.Thread(target=watch, daemon=True).start()
@@ -202,11 +212,12 @@ def _camera(source: str) -> Iterator[Shot]:
         while True:
             with ready:
                 if not ready.wait_for(lambda: newest or ended, OPEN_TIMEOUT_S + FRAME_TIMEOUT_S):
-                    ended.append(f"nothing came for {OPEN_TIMEOUT_S + FRAME_TIMEOUT_S:g} s")
+                    ended.append(_NoVideo(source, f"nothing came for {OPEN_TIMEOUT_S + FRAME_TIMEOUT_S:g} s"))
                 if not newest:
-                    if not seen and ended[0] != ENDED:
-                        raise DataError(_public(ended[0]))
-                    raise DataError(f"{_public(source)} gives no more pictures after {seen} ({ended[0]}); check the camera and start again.")
+                    if not seen:
+                        raise DataError(_public(str(ended[0])))
+                    reason = getattr(ended[0], "reason", None) or _public(str(ended[0]))
+                    raise DataError(f"{_public(source)} gives no more pictures after {seen} ({reason}); check the camera and start again.")
                 number, frame = newest.pop()
             seen = number + 1
             yield _shot(number, frame)
@@ -237,8 +248,10 @@ def _frames(source: str) -> Iterator[Any]:
                     yield from packet.decode()
                 except av.InvalidDataError as error:
                     yield f"a frame of {_public(source)} is damaged ({error})."
+    except av.ExitError as error:  # how a timeout ends it
+        raise _NoVideo(source, f"nothing came for {FRAME_TIMEOUT_S:g} s") from error
     except (av.FFmpegError, ValueError) as error:
-        raise DataError(f"{_public(source)} cannot be read as a video ({_public(str(error))}); check that it is one, and there.") from error
+        raise _NoVideo(source, _public(str(error))) from error
 
 
 def _public(text: str) -> str:

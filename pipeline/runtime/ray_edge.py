@@ -35,6 +35,7 @@ class Settings(BaseModel):
     max_batch: int = Field(8, ge=1, description="frames that run together")
     max_delay: float = Field(0, ge=0, le=10_000, description="ms that a frame waits for others")
     max_waiting: int = Field(256, ge=1, description="frames at a replica; more are sent to another, or answered as too many")
+    signed_by: Path | None = Field(None, description="public key, at this path on every machine; a bundle that is not signed with its other half is refused")
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class Call:
 class Edge:
     """A replica. Serve calls the method that a request names."""
 
-    def __init__(self, bundle: str, threads: int, max_batch: int, max_delay: float, max_waiting: int) -> None:
+    def __init__(self, bundle: str, threads: int, max_batch: int, max_delay: float, max_waiting: int, signed_by: str | None) -> None:
         server = EdgeServer(Batching(max_batch, max_delay), Limits(waiting=max_waiting, per_second=ALL_PROXIES))
         server.loop = asyncio.get_running_loop()
-        server.add(EdgeHalf(Bundle.load(Path(bundle)), threads))
+        server.add(EdgeHalf(_loaded(Path(bundle), Path(signed_by) if signed_by else None), threads))
         self._handlers = GrpcFront("", 0).handlers(server)
 
     async def _answer(self, method: str, request: bytes, context: RayServegRPCContext) -> Answer:
@@ -102,6 +103,15 @@ class Edge:
         return await self._answer("ModelInfer", request, grpc_context)
 
 
+def _loaded(bundle: Path, signed_by: Path | None) -> Bundle:
+    loaded = Bundle.load(bundle)
+    if signed_by is not None:
+        from pipeline.runtime.signing import Signer
+
+        Signer(signed_by).check(loaded)
+    return loaded
+
+
 def add_to_server(servicer: object, server: Any) -> None:
     """Tell Serve's proxy of the service; it sends the requests to replicas as the bytes they are. For `grpc_servicer_functions`."""
     handlers = {name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name)) for name in oip.METHODS}
@@ -112,10 +122,12 @@ def app(settings: Settings) -> serve.Application:
     """Build the application, for `serve run pipeline.runtime.ray_edge:app bundle=...` or a Serve config.
 
     Raises:
-        BundleError: no bundle of a kind with an edge half is in that folder.
+        BundleError: no bundle of a kind with an edge half is in that folder, or it is not signed as it should be.
+        KeysError: no public key is in the file `signed_by`.
     """
-    EdgeHalf(Bundle.load(settings.bundle))  # said here in one sentence, not by each replica over and over
+    EdgeHalf(_loaded(settings.bundle, settings.signed_by))  # said here in one sentence, not by each replica over and over
     configured = serve.deployment(
         name="Edge", num_replicas=settings.replicas, max_ongoing_requests=settings.max_waiting, ray_actor_options={"num_cpus": settings.threads}
     )
-    return configured(Edge).bind(str(settings.bundle.resolve()), settings.threads, settings.max_batch, settings.max_delay, settings.max_waiting)
+    signed_by = str(settings.signed_by.resolve()) if settings.signed_by else None
+    return configured(Edge).bind(str(settings.bundle.resolve()), settings.threads, settings.max_batch, settings.max_delay, settings.max_waiting, signed_by)

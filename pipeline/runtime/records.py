@@ -11,7 +11,7 @@ from pipeline.costs.link import wire_bytes
 from pipeline.errors import DataError
 from pipeline.runtime.bundle import Bundle
 from pipeline.runtime.device import Answer, DeviceHalf
-from pipeline.runtime.fallback import Fallback
+from pipeline.runtime.fallback import Fallback, check_deadline
 from pipeline.runtime.pictures import pictures
 from pipeline.runtime.transport import Transport
 
@@ -31,11 +31,13 @@ def classify(
     and the next one follows.
 
     Raises:
-        DataError: there is no such source, it holds no picture, or a camera or stream ends.
+        DataError: there is no such source, it holds no picture, or a camera or stream ends; at the end, if not one picture could be read.
         ParamsError: a deadline that is not positive.
     """
+    check_deadline(deadline_ms)
     device = DeviceHalf(bundle, threads, point=point)
     fallback = Fallback(device, edge, deadline_ms) if edge is not None and bundle.kind != "device-only" else None
+    is_any_read = False
     for shot in pictures(source):
         if shot.picture is None:
             yield shot.name | {"error": shot.error}
@@ -45,8 +47,11 @@ def classify(
         except DataError as error:
             yield shot.name | {"error": str(error)}
             continue
+        is_any_read = True
         record = shot.name | record_of(bundle, answer)
         yield record if why is None else record | {"edge_error": why}
+    if not is_any_read:
+        raise DataError(f"not one picture of {source} could be read; replace them, or give another source.")
 
 
 def record_of(bundle: Bundle, answer: Answer) -> dict[str, Any]:

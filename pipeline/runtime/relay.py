@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.costs.link import TCP_SEGMENT_BYTES, Link, Serialiser, wire_bytes
 from pipeline.costs.trace import Trace
 from pipeline.errors import CoinferError, ParamsError
+from pipeline.runtime.guard import is_loopback
 from pipeline.runtime.transport import CONNECT_TIMEOUT_S
 
 RETRANSMIT_MS = 200.0  # Linux's least, after which a lost segment is sent again
@@ -243,12 +244,17 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def serve_link(relay: Relay, host: str, port: int) -> None:
+def serve_link(relay: Relay, host: str, port: int, for_anyone: bool = False) -> None:
     """Run `relay` until Ctrl-C or SIGTERM, then print what passed as a JSON line. Port 0 takes a free one.
 
     Raises:
+        ParamsError: `host` is no loopback address, and the link is not `for_anyone`: whoever reaches it reaches the server behind it.
         CoinferError: the address cannot be bound.
     """
+    if not for_anyone and not is_loopback(host):
+        raise ParamsError(
+            f"on {host} other machines reach the link, and so the server behind it; listen on 127.0.0.1, or say --anyone if that server wants keys."
+        )
 
     async def run() -> None:
         task = asyncio.ensure_future(relay.serve(host, port, lambda port: print(f"link listens on port {port}", flush=True)))

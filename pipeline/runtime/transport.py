@@ -18,12 +18,24 @@ from pipeline.runtime.hello import Hello
 
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 60.0
+MOST_SAID = 500  # characters of an edge's reason that a sentence repeats
 TLS_RECORD_BYTES, TLS_OVERHEAD_BYTES = 1 << 14, 22  # of TLS 1.3: header, content type, tag
 WHOLE = Whole()
 
 
 class EdgeUnreachable(CoinferError):
     """The edge does not answer; a device can still classify alone."""
+
+
+def distrust(address: str, reason: str) -> EdgeUnreachable:
+    return EdgeUnreachable(
+        f"edge {address} and this device do not trust each other ({reason}); look at the dates and names in the keys; `coinfer keys` makes others."
+    )
+
+
+def excerpt(text: str) -> str:
+    """What another machine said, in one line of bounded length, as each picture's record may repeat it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:MOST_SAID]) + ("..." if len(text) > MOST_SAID else "")
 
 
 class Transport(Protocol):
@@ -240,9 +252,7 @@ class TcpTransport:
         host, port = self._address
         if isinstance(error, ssl.SSLError):
             reason = getattr(error, "verify_message", "") or error.reason or str(error)
-            return EdgeUnreachable(
-                f"edge {host}:{port} and this device do not trust each other ({reason}); look at the dates and names in the keys; `coinfer keys` makes others."
-            )
+            return distrust(f"{host}:{port}", reason)
         checks = "check address and keys" if self._tls else "check the address"
         return EdgeUnreachable(f"edge {host}:{port} does not answer ({error}); start it with `coinfer edge` or {checks}.")
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from pipeline.errors import CoinferError
 from pipeline.plots import histograms
 from pipeline.runtime.hello import Hello
 from pipeline.runtime.tally import MS, Histogram, Refusal, Tally
-from pipeline.serving import log_serving
+from pipeline.serving import log_or_keep, log_serving
 from pipeline.tracking import EXPERIMENT, new_run
 
 OURS, NEXT = b"ours", b"next"
@@ -51,6 +52,14 @@ def test_totals_and_each_bundle_are_runs_with_pictures(tally, tmp_path, monkeypa
     summary = json.loads(Path(client.download_artifacts(totals.info.run_id, "summary.json")).read_text())
     assert summary["bundles"]["6f757273"]["confidence"]["counts"] == [0, 1, 0, 0, 1, 0, 0, 0, 0, 2, 0]
     assert summary["devices"]["ant"] | {"seen_s": 0} == {"version": "1.0", "seen_s": 0, "answered": 3, "alone": 1}
+
+
+def test_where_nothing_can_be_logged_or_written_the_summary_is_printed(tally, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http:/nowhere")
+    monkeypatch.chdir("/proc")
+    with pytest.raises(CoinferError, match=r"could not be logged and is on standard output.*MLflow at http:/nowhere cannot be used"):
+        log_or_keep(tally)
+    assert json.loads(capsys.readouterr().out)["bundles"]["6f757273"]["answered"] == 4
 
 
 def test_a_server_that_nobody_asked_has_no_share_to_tell(tracker):

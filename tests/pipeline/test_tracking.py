@@ -12,7 +12,7 @@ import pytest
 from pipeline.cli import SECTIONS
 from pipeline.errors import CoinferError, Interrupted
 from pipeline.params import load_params
-from pipeline.tracking import EXPERIMENT, stage_run, tracking_uri
+from pipeline.tracking import EXPERIMENT, little_patience, stage_run, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +70,15 @@ def test_a_failing_stage_leaves_a_failed_run(database, workdir):
         raise RuntimeError
     _, found = runs(database)
     assert [run.info.status for run in found] == ["FAILED"]
+
+
+def test_patience_with_mlflow_is_little_unless_the_user_has_more(monkeypatch):
+    retries, timeout = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    monkeypatch.setenv(retries, "9")
+    monkeypatch.delenv(timeout, raising=False)
+    with little_patience():
+        assert (os.environ[retries], os.environ[timeout]) == ("9", "10")
+    assert (os.environ[retries], timeout in os.environ) == ("9", False)
 
 
 def test_an_unusable_database_is_one_sentence(workdir, monkeypatch):

@@ -1,10 +1,13 @@
 """The commands together, as they are used: keys, an edge with all its ways in, devices, metrics, and a run in MLflow at the end."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -14,6 +17,7 @@ from PIL import Image
 from pipeline.runtime.guard import DeviceKeys
 from pipeline.tracking import EXPERIMENT
 
+ROOT = Path(__file__).resolve().parents[3]
 COINFER = [sys.executable, "-m", "pipeline.cli"]
 
 
@@ -61,6 +65,35 @@ def test_an_edge_with_keys_serves_both_transports_is_watched_and_leaves_a_run(ma
     found = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])}
     assert found["serve"].data.metrics["answered"] == found[f"serve {bundle.bundle_id.hex()}"].data.metrics["answered"] == 6
     assert found["serve"].info.status == "FINISHED"
+
+
+def test_without_mlflow_an_edge_serves_all_the_same_and_its_summary_is_kept(make_bundle, photos, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{gone.getsockname()[1]}")
+    bundle = make_bundle()
+    command = [*COINFER, "edge", "--bundle", str(bundle.path), "--port", "0", "--log-mlflow"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    with subprocess.Popen(command, **options) as edge:
+        try:
+            port = edge.stdout.readline().split()[-1]
+            done = coinfer("device", "--bundle", bundle.path, "--source", photos, "--deadline", 20_000, "--edge", f"127.0.0.1:{port}")
+            assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == 3 * ["split"], done.stdout + done.stderr
+            edge.send_signal(signal.SIGTERM)
+            _, errors = edge.communicate(timeout=60)
+        finally:
+            edge.kill()
+    (kept,) = tmp_path.glob("coinfer-edge-*.json")
+    assert (edge.returncode, errors.count("\n")) == (1, 1), errors
+    assert f"could not be logged and is kept in {kept}: MLflow at http://127.0.0.1:" in errors
+    assert json.loads(kept.read_text())["bundles"][bundle.bundle_id.hex()]["answered"] == 3
+
+
+@pytest.mark.parametrize("uri", ["htp://mlflow:5000", "http:/mlflow", "mlflow.lan:5000"])
+def test_an_edge_whose_mlflow_cannot_be_says_so_first(make_bundle, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    done = coinfer("edge", "--bundle", make_bundle().path, "--port", 0, "--log-mlflow")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"MLFLOW_TRACKING_URI is '{uri}'" in done.stderr
 
 
 @pytest.mark.parametrize(

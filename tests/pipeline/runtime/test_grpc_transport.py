@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
+import grpc
 import numpy as np
 import pytest
 
@@ -146,6 +148,20 @@ def test_an_edge_that_says_nothing_or_something_else_is_a_reason_to_answer_alone
     assert reason in str(why)
 
 
+def test_opening_the_channel_is_part_of_the_time_there_is(serve, make_bundle, monkeypatch):
+    bundle, opened = make_bundle(), grpc.insecure_channel
+    running, _ = serve(bundle)
+    [frame] = frames_of(bundle, 1)
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        return opened(*arguments)
+
+    monkeypatch.setattr("grpc.insecure_channel", slowly)
+    with contextlib.closing(GrpcTransport("127.0.0.1", running.grpc_port)) as transport, pytest.raises(EdgeUnreachable, match="timed out"):
+        transport.request(frame, 0.4)
+
+
 def test_the_port_of_frames_over_tcp_is_no_grpc_and_the_device_says_so(run, make_bundle):
     bundle = make_bundle()
     [frame] = frames_of(bundle, 1)
@@ -174,7 +190,22 @@ def test_certificates_are_asked_for_and_checked_on_both_sides(serve, make_bundle
     (tmp_path / "trusting").mkdir()
     for path in (tmp_path / "other/ant/tls.crt", tmp_path / "other/ant/tls.key", tmp_path / "other/ant/token", key_folder / "ca.crt"):
         (tmp_path / "trusting" / path.name).write_bytes(path.read_bytes())
-    for keys in (tmp_path / "other/ant", tmp_path / "trusting", None):
-        with contextlib.closing(dial(f"grpc://127.0.0.1:{running.grpc_port}", keys)) as transport, pytest.raises(EdgeUnreachable):
+    for keys, reason in (
+        (tmp_path / "other/ant", r"do not trust each other \(unable to get local issuer certificate\); look at the dates and names in the keys"),
+        (tmp_path / "trusting", "check address and keys"),
+        (None, "check the address"),
+    ):
+        with contextlib.closing(dial(f"grpc://127.0.0.1:{running.grpc_port}", keys)) as transport, pytest.raises(EdgeUnreachable, match=reason):
             transport.request(frame, 5)
     assert not running.server.tally.served
+
+
+def test_an_edge_of_another_name_is_refused(serve, make_bundle, key_folder, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.keymaking.ALWAYS", ())
+    make_keys(key_folder, ["elsewhere.example"], [])
+    bundle = make_bundle()
+    running, _ = serve(bundle, keys=key_folder / "edge")
+    [frame] = frames_of(bundle, 1)
+    transport = dial(f"grpc://127.0.0.1:{running.grpc_port}", key_folder / "ant")
+    with contextlib.closing(transport), pytest.raises(EdgeUnreachable, match=r"do not trust each other \(Hostname mismatch\)"):
+        transport.request(frame, 5)

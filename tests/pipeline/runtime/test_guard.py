@@ -235,6 +235,9 @@ def test_a_key_with_a_password_is_not_asked_for(key_folder):
 def test_nobody_else_can_read_the_secrets(key_folder):
     for path in (key_folder / "ca.key", key_folder / "edge/tls.key", key_folder / "edge/tokens", key_folder / "ant/tls.key", key_folder / "ant/token"):
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600, path
+    (key_folder / f"ant/.tls.key.{os.getpid()}.tmp").touch(0o644)  # left by a run that was killed
+    make_keys(key_folder, [], ["ant"])
+    assert stat.S_IMODE(os.stat(key_folder / "ant/tls.key").st_mode) == 0o600
     token = DeviceKeys(key_folder / "ant").token
     assert len(token) >= 43
     assert token not in (key_folder / "edge/tokens").read_text()
@@ -266,12 +269,34 @@ def test_keys_are_added_to_what_is_there(key_folder):
         (["edge.example"], ["two words"], "cannot be called"),
         (["edge.example"], ["../ant"], "cannot be called"),
         (["edge.example"], ["edge"], "cannot be called"),
+        (["edge.example"], ["ant", "ca.crt"], "cannot be called 'ca.crt'"),
+        (["edge.example"], ["ca.key"], "cannot be called 'ca.key'"),
+        ([], [], "no keys to make"),
     ],
 )
 def test_names_that_cannot_be_used_make_nothing(tmp_path, edge, devices, match):
     with pytest.raises(KeysError, match=match):
         make_keys(tmp_path / "keys", edge, devices)
     assert not (tmp_path / "keys").exists()
+
+
+@pytest.mark.parametrize("what", ["random bytes", "a folder", "another list"])
+def test_tokens_that_cannot_be_read_change_nothing(key_folder, what):
+    tokens = key_folder / "edge/tokens"
+    tokens.unlink()
+    if what == "a folder":
+        tokens.mkdir()
+    else:
+        tokens.write_bytes(b"ant bee\n" if what == "another list" else b"\xff\xfe\x00ant")
+    before = {path: path.read_bytes() for path in key_folder.rglob("*") if path.is_file()}
+    with pytest.raises(KeysError, match=r"^[^\n]*edge/tokens[^\n]*keys again with `coinfer keys`\.$"):
+        make_keys(key_folder, ["elsewhere.example"], ["cat"])
+    assert {path: path.read_bytes() for path in key_folder.rglob("*") if path.is_file()} == before
+
+
+def test_keys_with_nothing_to_make_are_left_as_they_are(key_folder):
+    with pytest.raises(KeysError, match="no keys to make; say with --edge"):
+        make_keys(key_folder, [], [])
 
 
 def test_a_broken_authority_is_not_replaced(key_folder):

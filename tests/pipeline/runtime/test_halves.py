@@ -153,6 +153,15 @@ def test_a_device_refuses_replies_that_cannot_be_its_own(make_bundle, picture):
             device.classify(picture, Replies(reply))
 
 
+def test_a_device_repeats_no_more_of_a_refusal_than_a_record_can_hold(make_bundle, picture):
+    bundle = make_bundle()
+    with pytest.raises(FrameError) as refused:
+        DeviceHalf(bundle).classify(picture, Replies(pack(b"no\n\x1b[2J" + 100_000 * b"no", bundle.bundle_id, Kind.ERROR)))
+    assert str(refused.value).startswith("the edge refused: no  [2Jnono")
+    assert len(str(refused.value)) < 600
+    assert str(refused.value).isprintable()
+
+
 def test_a_bundle_that_sends_what_this_version_does_not_know_is_refused(make_bundle, picture):
     with pytest.raises(BundleError, match="sends images as avif, this version knows webp, jpeg, jpeg-bare, png"):
         DeviceHalf(make_bundle("edge-only", image_format="avif")).run(picture)

@@ -5,6 +5,7 @@ import re
 import ssl
 import urllib.error
 import urllib.request
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,16 +23,16 @@ from tests.pipeline.runtime.serving import ask, eventually, frames_of, logits, s
 def watch(request):
     """watch(running) -> what is found at a path of its metrics."""
 
-    def start(running, context=None):
+    def start(running, context=None, host="127.0.0.1"):
         ports = []
-        front = MetricsFront("127.0.0.1", 0, ports.append)
+        front = MetricsFront(host.strip("[]"), 0, ports.append)
 
         asyncio.run(front.start(running.server))
         request.addfinalizer(lambda: asyncio.run(front.stop(0)))
 
         def get(path: str) -> str:
             scheme = "https" if context else "http"
-            with urllib.request.urlopen(f"{scheme}://127.0.0.1:{ports[0]}{path}", timeout=10, context=context) as reply:
+            with urllib.request.urlopen(f"{scheme}://{host}:{ports[0]}{path}", timeout=10, context=context) as reply:
                 return reply.read().decode()
 
         return get
@@ -76,6 +77,14 @@ def test_every_frame_and_refusal_is_counted(run, make_bundle, watch):
     assert found["process_resident_memory_bytes",] > 1e7
 
 
+def test_a_checkout_that_is_not_installed_is_of_an_unknown_version(run, make_bundle, watch, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.Distribution.from_name", missing)
+    assert samples(watch(run(make_bundle()))("/metrics"))["coinfer_info", "unknown"] == 1
+
+
 def test_names_end_in_their_units_and_are_told_once(run, make_bundle, watch):
     text = watch(run(make_bundle()))("/metrics")
     assert len(re.findall("^# HELP coinfer_ready ", text, re.MULTILINE)) == 1
@@ -108,6 +117,10 @@ def test_a_server_that_hangs_is_not_alive(run, make_bundle, watch, monkeypatch):
     monkeypatch.setattr("pipeline.runtime.metrics.BEATS_S", -1.0)
     with pytest.raises(urllib.error.HTTPError, match="503"):
         watch(run(make_bundle()))("/livez")
+
+
+def test_an_edge_is_watched_over_ipv6_too(run, make_bundle, watch):
+    assert watch(run(make_bundle()), host="[::1]")("/livez") == "ok\n"
 
 
 def test_other_paths_are_told_what_there_is(run, make_bundle, watch):

@@ -103,6 +103,13 @@ def test_the_command_reads_standard_input(make_bundle):
     assert {records[0]["label"], records[2]["label"]} <= set(bundle.classes)
 
 
+def test_an_empty_standard_input_is_an_error(make_bundle):
+    command = [sys.executable, "-m", "pipeline.cli", "device", "--bundle", str(make_bundle("device-only").path), "--source", "stdin"]
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
+    assert "standard input holds no image" in run.stderr
+
+
 def video(path: Path, seconds: float = 0.4, rate: int = 10) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=rate)
@@ -165,6 +172,29 @@ def test_of_a_stream_the_newest_picture_is_given_and_its_end_is_one_sentence(tmp
     assert seen[-1] == 49
     assert len(seen) < 45
     assert "secret" not in str(caught.value)
+
+
+def test_a_camera_that_falls_silent_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.pictures.FRAME_TIMEOUT_S", 0.5)
+    data, over = video(tmp_path / "clip.mkv", seconds=5).read_bytes(), threading.Event()
+
+    class Camera(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            over.wait(20)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Camera) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/clip.mkv"
+        with pytest.raises(DataError, match=rf"^{url} gives no more pictures after \d+ \(nothing came for 0\.5 s\); check the camera and start again\.$"):
+            list(pictures(url))
+        over.set()
+        server.shutdown()
 
 
 def test_what_is_no_source_is_one_sentence(tmp_path, served):

@@ -10,6 +10,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from pipeline.errors import BundleError
 from pipeline.runtime import oip
@@ -17,6 +19,7 @@ from pipeline.runtime.device import DeviceHalf
 from pipeline.runtime.dial import dial
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.fallback import Fallback
+from pipeline.runtime.signing import sign
 from tests.pipeline.runtime.conftest import CLASSES, CODE, SIZE
 from tests.pipeline.runtime.serving import frames_of, logits, said
 
@@ -37,7 +40,17 @@ def bundle(make_module_bundle):
 
 
 @pytest.fixture(scope="module")
-def address(bundle):
+def signed_by(bundle, tmp_path_factory):
+    """Whose signature the bundle has."""
+    key, folder = Ed25519PrivateKey.generate(), tmp_path_factory.mktemp("release")
+    (folder / "release.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (folder / "release.pem").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    sign(bundle, folder / "release.key")
+    return folder / "release.pem"
+
+
+@pytest.fixture(scope="module")
+def address(bundle, signed_by):
     """Of the proxy in front of two replicas."""
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
@@ -54,7 +67,7 @@ def address(bundle):
             pytest.skip(str(error))
         ray.init(head, logging_level="ERROR", log_to_driver=False)
         serve.start("HeadOnly", http_options=http, grpc_options=options)
-        serve.run(app(Settings(bundle=bundle.path, replicas=2)), name=NAME)
+        serve.run(app(Settings(bundle=bundle.path, replicas=2, signed_by=signed_by)), name=NAME)
         yield f"127.0.0.1:{options.port}"
         serve.shutdown()
 
@@ -163,3 +176,10 @@ def test_a_bundle_without_an_edge_half_is_refused_before_anything_starts(make_bu
 
     with pytest.raises(BundleError, match=r"has no edge\.onnx"):
         app(Settings(bundle=make_bundle("device-only").path))
+
+
+def test_a_bundle_that_nobody_signed_is_refused_before_anything_starts(make_bundle, signed_by):
+    from pipeline.runtime.ray_edge import Settings, app
+
+    with pytest.raises(BundleError, match="sign the bundle with `coinfer bundle sign`"):
+        app(Settings(bundle=make_bundle().path, signed_by=signed_by))

@@ -6,6 +6,7 @@ import socket
 import pytest
 from PIL import Image
 
+from pipeline.cli import app
 from pipeline.costs.link import wire_bytes
 from pipeline.errors import DataError, ParamsError
 from pipeline.runtime.device import PARTS, DeviceHalf
@@ -62,7 +63,27 @@ def test_without_an_edge_the_device_classifies_alone_and_says_why(make_bundle, f
 
 
 @pytest.mark.parametrize("deadline_ms", [0, -1, float("nan"), float("inf")])
-def test_a_deadline_that_cannot_be_is_refused(make_bundle, folder, deadline_ms):
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_deadline_that_cannot_be_is_refused(make_bundle, folder, deadline_ms, is_alone):
     bundle = make_bundle()
     with pytest.raises(ParamsError, match="the deadline is"):
-        list(classify(bundle, LoopbackTransport(EdgeHalf(bundle)), str(folder), deadline_ms=deadline_ms))
+        list(classify(bundle, None if is_alone else LoopbackTransport(EdgeHalf(bundle)), str(folder), deadline_ms=deadline_ms))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 400])
+def test_where_not_one_picture_can_be_read_that_is_said_after_the_records(make_bundle, tmp_path, kept_bytes):
+    path = tmp_path / "cut.jpg"
+    Image.effect_noise((30, 20), 80).save(path)
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    records = classify(make_bundle(), None, str(path))
+    assert set(next(records)) == {"file", "error"}
+    with pytest.raises(DataError, match=r"not one picture of .*cut\.jpg could be read"):
+        next(records)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [(["--compact"], "--compact"), (["--name", "ant"], "--name"), (["--keys", "keys", "--compact"], "--keys, --compact")]
+)
+def test_options_about_an_edge_are_refused_without_one(make_bundle, folder, options, named):
+    with pytest.raises(ParamsError, match=f"^{named} .*give --edge"):
+        app(["device", "--bundle", str(make_bundle().path), "--source", str(folder), *options], standalone_mode=False)

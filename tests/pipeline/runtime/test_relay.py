@@ -274,7 +274,9 @@ def test_a_device_reaches_its_edge_through_the_command(make_bundle, picture, end
     expected = DeviceHalf(bundle).classify(picture, LoopbackTransport(EdgeHalf(bundle)))
     with edge_process(bundle) as edge:
         command = [sys.executable, "-m", "pipeline.cli", "link", "--to", f"127.0.0.1:{edge}", "--rate", "1", "--rtt", "4", "--port", "0"]
-        with subprocess.Popen([*command, "--cut", "1000:1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as link:
+        with subprocess.Popen(
+            [*command, "--cut", "1000:1", "--host", "0.0.0.0", "--anyone"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as link:
             assert link.stdout is not None
             port = int(re.findall(r"link listens on port (\d+)", link.stdout.readline())[0])
             transport = TcpTransport("127.0.0.1", port)
@@ -306,6 +308,7 @@ def test_a_device_reaches_its_edge_through_the_command(make_bundle, picture, end
         (["--rate", "1", "--cut", "1:2"], "a cut of 2 s every 1 s"),
         (["--rate", "1", "--cut", "0:0"], "a cut of 0 s every 0 s"),
         (["--rate", "1", "--to", "edge"], "'edge' is not HOST:PORT"),
+        (["--rate", "1", "--host", "0.0.0.0"], "other machines reach the link.*say --anyone"),
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(workdir, arguments, message):

@@ -82,12 +82,14 @@ def test_an_edge_takes_no_unsigned_bundle_later_either(make_bundle, release, coi
     assert ([half.bundle_id for half in came], ids) == ([new.bundle_id], {old.bundle_id, new.bundle_id})
 
 
-@pytest.mark.parametrize("command", ["edge", "device"])
+@pytest.mark.parametrize("command", ["edge", "device", "bundle triton"])
 def test_the_commands_refuse_an_unsigned_bundle(make_bundle, release, coinfer, command, tmp_path):
-    options = {"edge": ("--port", "0"), "device": ("--source", tmp_path)}[command]
-    code, out, err = coinfer(command, "--bundle", make_bundle().path, "--signed-by", release["ours"][1], *options)
-    assert (code, out) == (1, "")
+    bundle, out = make_bundle(), tmp_path / "models"
+    arguments = {"edge": ("--bundle", bundle.path, "--port", "0"), "device": ("--bundle", bundle.path, "--source", tmp_path)}
+    code, said, err = coinfer(*command.split(), *arguments.get(command, (bundle.path, out)), "--signed-by", release["ours"][1])
+    assert (code, said) == (1, "")
     assert "coinfer bundle sign" in err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("what", ["missing", "public", "ec", "garbage"])
