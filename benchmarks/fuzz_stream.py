@@ -134,7 +134,8 @@ class Stream:
     def _hello(self, rng: random.Random) -> tuple[bytes, Framing]:
         compact = rng.choice([*self._ids, rng.randbytes(4)]) if rng.random() < 0.6 else b""
         name = rng.choice(("", "camera-1", "../keys", "a" * 65, "\n"))
-        hello = Hello(name, rng.choice(("", "1.0")), rng.choice(("", "token")), compact.hex(), rng.choice((0, 1, 1 << 39, 1 << 40, -1)))
+        version, token = rng.choice(("", "1.0", "1.0", "1.0", "\ud800", "1" * 65)), rng.choice(("", "token", "token", "token", "\ud800"))
+        hello = Hello(name, version, token, compact.hex(), rng.choice((0, 1, 1 << 39, 1 << 40, -1)))
         return hello.pack(), Compact(compact) if compact else Whole()
 
     def check(self, data: bytes) -> str:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from pipeline.errors import ParamsError
 
 
+def format_address(host: str, port: int) -> str:
+    """What `parse_address` takes."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def parse_address(text: str, example: str, least: int = 1) -> tuple[str, int]:
     """Host and port of `text`, HOST:PORT or [IPV6]:PORT.
 

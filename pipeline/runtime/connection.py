@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ssl
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipeline.errors import FrameError
 from pipeline.runtime.frame import OVERHEAD_BYTES, Kind, pack
-from pipeline.runtime.framing import Compact, Framing, Whole
+from pipeline.runtime.framing import KIND_BYTE, Compact, Framing, Whole
+from pipeline.runtime.guard import common_name
 from pipeline.runtime.hello import HEAD_BYTES, HELLO_1, Hello, hello_bytes
 from pipeline.runtime.tally import Refusal
 
 if TYPE_CHECKING:
     from pipeline.runtime.server import EdgeServer
 
+HANDSHAKE_S = 10.0
 PARTING_S = 1.0
 NOBODY = bytes(4)  # the bundle id of what a server says that runs several
-KIND_BYTE = 5
 
 
 def refusal(reason: str, bundle_id: bytes = NOBODY) -> bytes:
@@ -26,14 +29,16 @@ def refusal(reason: str, bundle_id: bytes = NOBODY) -> bytes:
 
 
 class Client(asyncio.Protocol):
-    """One connection: its frames are answered one after another, in their order."""
+    """One connection: its frames are answered one after another, in their order. With keys it comes plain, and counts while both sides show theirs."""
 
     transport: asyncio.Transport
 
     def __init__(self, server: EdgeServer) -> None:
         self.server = server
-        self.address = ""
+        self.address = self.certified = ""
         self.hello: Hello | None = None
+        self._alone = 0  # pictures, as the hello said, until an answer has told the device that this was heard
+        self._handshake: asyncio.Task[None] | None = None
         self._framing: Framing = Whole()
         self._buffer = bytearray()
         self._has_begun = self._is_busy = self._is_paused = self._is_unread = self._is_ending = self._is_parting = False
@@ -52,10 +57,24 @@ class Client(asyncio.Protocol):
             transport.close()
         elif len(self.server.clients) >= self.server.limits.connections:
             self.server.tally.refused(Refusal.CONNECTIONS)
-            self._say(refusal("the edge has too many connections; try again later."))
+            if not self.server.keys:  # with them it is told nothing, which would take a handshake
+                self._say(refusal("the edge has too many connections; try again later."))
             transport.close()
         else:
             self.server.clients.add(self)
+            if self.server.keys:
+                self._handshake = self.server.loop.create_task(self._shake_hands(self.server.keys.context))
+
+    async def _shake_hands(self, context: ssl.SSLContext) -> None:
+        secured = None
+        if self.is_there():
+            with contextlib.suppress(OSError):
+                secured = await self.server.loop.start_tls(self.transport, self, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_S)
+        self._handshake = None
+        if secured is None:
+            return self.connection_lost(None)
+        self.transport, self.certified = secured, common_name(secured.get_extra_info("peercert"))
+        self.data_received(b"")  # what has come with the end of the handshake
 
     def connection_lost(self, error: Exception | None) -> None:
         self.server.clients.discard(self)
@@ -72,7 +91,7 @@ class Client(asyncio.Protocol):
             self._began_s = self._heard_s
         self._buffer += data
         self._next()
-        if len(self._buffer) > self._most_bytes:
+        if len(self._buffer) > self._most_bytes and not self._handshake:
             self._is_paused = True
             self.transport.pause_reading()
 
@@ -82,7 +101,7 @@ class Client(asyncio.Protocol):
 
     def _next(self) -> None:
         """Take the next frame, if it is there and it is time."""
-        if self._is_busy or self._is_unread or self._is_parting or not self.is_there():
+        if self._is_busy or self._is_unread or self._is_parting or self._handshake or not self.is_there():
             return
         try:
             message = self._message()
@@ -91,11 +110,16 @@ class Client(asyncio.Protocol):
         if message is not None:
             self._is_busy = True
             try:
-                self.server.take(self._framing.incoming(message), self)
+                if reason := self.server.over_rate(self.name):
+                    self.told(refusal(reason))
+                else:
+                    self.server.take(self._framing.incoming(message), self)
             except FrameError as error:
                 self.server.tally.refused(Refusal.FRAME)
                 self.told(refusal(str(error)))
         elif self._is_ending and not self._is_parting:
+            if self._buffer and not self.server.is_stopping:
+                self.server.tally.refused(Refusal.FRAME)
             self.transport.close()
         if self._is_paused and len(self._buffer) <= self._most_bytes:
             self._is_paused = False
@@ -111,11 +135,12 @@ class Client(asyncio.Protocol):
                 self.hello = Hello.unpack(data)
                 if self.hello.compact:
                     self._framing = Compact(self.hello.bundle_id)
-            if self.server.keys and (reason := self.server.keys.refuses(self.hello)):
+            if self.server.keys and (reason := self.server.keys.refuses(self.hello, self.certified)):
                 self._part(Refusal.KEYS, reason)
                 return None
             if self.hello and self.hello.device:
                 self.server.tally.hello(self.hello)
+                self._alone = self.hello.alone
             self._has_begun = True
         return self._cut(self._framing.need, self._framing.head_bytes)
 
@@ -136,7 +161,8 @@ class Client(asyncio.Protocol):
         if self.is_there() and not self._is_parting:
             self._heard_s = self._began_s = time.perf_counter()
             if self.hello and reply[KIND_BYTE] == Kind.REPLY:
-                self.server.tally.answered(self.hello.device)
+                self.server.tally.answered(self.hello.device, alone=self._alone)
+                self._alone = 0
             self._say(reply)
             self.server.loop.call_soon(self._next)
 
@@ -163,6 +189,8 @@ class Client(asyncio.Protocol):
     def close_when_idle(self) -> None:
         """Once all frames that are there are answered."""
         self._is_ending = True
+        if self._handshake:
+            self.transport.abort()
         self._next()
 
     def sweep(self, now_s: float) -> None:
@@ -170,7 +198,7 @@ class Client(asyncio.Protocol):
         silent, slow = now_s - self._heard_s > self.server.limits.idle_s, self._buffer and now_s - self._began_s > self.server.limits.partial_s
         if not self._is_busy and (silent or slow):
             self.transport.abort()
-        elif self._has_begun and not self._is_parting and self.server.keys and (reason := self.server.keys.refuses(self.hello)):
+        elif self._has_begun and not self._is_parting and self.server.keys and (reason := self.server.keys.refuses(self.hello, self.certified)):
             self._part(Refusal.KEYS, reason)
 
     def _part(self, reason: Refusal, text: str) -> None:

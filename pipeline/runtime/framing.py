@@ -20,6 +20,7 @@ from pipeline.runtime.frame import HEADER_BYTES, MAX_PAYLOAD_BYTES, Kind, frame_
 
 _HEAD, _LONG = struct.Struct(">H"), struct.Struct(">I")
 _LENGTH = (1 << 14) - 1
+KIND_BYTE = 5  # of a whole frame
 
 
 class Framing(Protocol):

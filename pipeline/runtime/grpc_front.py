@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is said in our own words
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
@@ -13,6 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from pipeline.errors import CoinferError, FrameError
 from pipeline.runtime import oip
+from pipeline.runtime.address import format_address
 from pipeline.runtime.edge import REPLY_TIMES, Asked, EdgeHalf
 from pipeline.runtime.frame import OVERHEAD_BYTES, Kind, unpack
 from pipeline.runtime.guard import EdgeKeys
@@ -29,11 +33,11 @@ Handle = Callable[[bytes, Any], Awaitable[bytes]]  # a request and gRPC's contex
 
 
 class Refused(CoinferError):
-    """A request is not answered, for a reason that gRPC has a code for."""
+    """A request is not answered, for a reason that gRPC has a code for; `counts` as what, unless that has been counted."""
 
-    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
+    def __init__(self, code: grpc.StatusCode, reason: str, counts: Refusal | None = None) -> None:
         super().__init__(reason)
-        self.code = code
+        self.code, self.counts = code, counts
 
 
 class Caller:
@@ -79,7 +83,7 @@ class GrpcFront:
         self._grpc = grpc.aio.server(options=tuple(options.items()), maximum_concurrent_rpcs=limits.connections)
         handlers = {name: grpc.unary_unary_rpc_method_handler(handle) for name, handle in self.handlers(server).items()}
         self._grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip.SERVICE, handlers),))
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = format_address(host, port)
         try:
             bound = self._grpc.add_secure_port(address, _credentials(server.keys)) if server.keys else self._grpc.add_insecure_port(address)
         except RuntimeError as error:
@@ -106,24 +110,32 @@ class GrpcFront:
             try:
                 hello = self._admit(context)
                 name = hello.device if self._server.keys else _address(context.peer())
-                answer: bytes = (await method(request_class.FromString(data), name)).SerializeToString()
+                self._take(name)
+                answer = await method(request_class.FromString(data), name)
                 if called == "ModelInfer":
-                    tally.answered(hello.device)
-                tally.carried("out", len(answer))
-                return answer
-            except Refused as refused:
-                code, reason = refused.code, str(refused)
+                    tally.answered(hello.device, answer.outputs[0].shape[0], hello.alone)
+                answer_bytes: bytes = answer.SerializeToString()
+                tally.carried("out", len(answer_bytes))
+                return answer_bytes
+            except Refused as error:
+                refused = error
             except FrameError as error:
-                code, reason = grpc.StatusCode.INVALID_ARGUMENT, str(error)
+                refused = _no_request(str(error))
             except DecodeError:
-                code, reason = (
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    f"request of {len(data)} bytes is no {called}Request; check the client's version of the protocol.",
-                )
-            await context.abort(code, reason[:MOST_DETAILS])
+                refused = _no_request(f"request of {len(data)} bytes is no {called}Request; check the client's version of the protocol.")
+            if refused.counts:
+                tally.refused(refused.counts)
+            await context.abort(refused.code, str(refused)[:MOST_DETAILS])
             raise AssertionError  # abort raises
 
         return handle
+
+    def _take(self, name: str, count: int = 1) -> None:
+        """Raises:
+        Refused: so many from there are too many now.
+        """
+        if reason := self._server.over_rate(name, count):
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
 
     def _admit(self, context: Any) -> Hello:
         """Who asks.
@@ -135,10 +147,9 @@ class GrpcFront:
         try:
             hello = Hello.from_metadata(metadata)
         except FrameError as error:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
-        if keys and (why := keys.refuses(hello)):
-            self._server.tally.refused(Refusal.KEYS)
-            raise Refused(grpc.StatusCode.UNAUTHENTICATED, why)
+            raise _no_request(str(error)) from error
+        if keys and (why := keys.refuses(hello, _certified(context))):
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, why, Refusal.KEYS)
         if hello.device:
             self._server.tally.hello(hello)
         return hello
@@ -168,8 +179,10 @@ class GrpcFront:
             raise Refused(grpc.StatusCode.UNAVAILABLE, "the edge is stopping; try another one, or again later.")
         half, takes = self._model(request.model_name, request.model_version)
         callers: list[Caller] = []
+        elements = self._asked(request, half, takes)
+        self._take(name, len(elements) - 1)  # beside the first, for which there was one already
         try:
-            for asked in self._asked(request, half, takes):
+            for asked in elements:
                 callers.append(caller := Caller(name))
                 self._server.put(half.bundle_id, asked, caller)
                 if caller.reply.done():
@@ -214,15 +227,25 @@ class GrpcFront:
     def _model(self, name: str, asked_version: str) -> tuple[EdgeHalf, str]:
         models = self._models()
         if name not in models:
-            raise Refused(grpc.StatusCode.NOT_FOUND, f"model {name[:80]!r} is not served; this edge has {', '.join(sorted(models)) or 'none'}.")
+            raise Refused(grpc.StatusCode.NOT_FOUND, f"model {name[:80]!r} is not served; this edge has {', '.join(sorted(models)) or 'none'}.", Refusal.BUNDLE)
         if asked_version not in ("", oip.VERSION):
-            raise Refused(grpc.StatusCode.NOT_FOUND, f"version {asked_version[:80]!r} of {name} is not served; ask for {oip.VERSION}, or for none.")
+            reason = f"version {asked_version[:80]!r} of {name} is not served; ask for {oip.VERSION}, or for none."
+            raise Refused(grpc.StatusCode.NOT_FOUND, reason, Refusal.BUNDLE)
         return models[name]
 
 
 def _shape(half: EdgeHalf, takes: str) -> list[int]:
     """Of one element of that input."""
     return list(half.bundle.code_shape) if takes == oip.SYMBOLS else [1]
+
+
+def _no_request(reason: str) -> Refused:
+    return Refused(grpc.StatusCode.INVALID_ARGUMENT, reason, Refusal.FRAME)
+
+
+def _certified(context: Any) -> str:
+    """Whose certificate a client has shown."""
+    return next(iter(context.auth_context().get("x509_common_name", ())), b"").decode(errors="replace")
 
 
 def _payload(reply: bytes) -> bytes:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is said in our own words
+
 import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from pipeline.errors import FrameError
 from pipeline.runtime import oip
+from pipeline.runtime.address import format_address
 from pipeline.runtime.edge import REPLY_TIMES
 from pipeline.runtime.frame import Kind, pack
 from pipeline.runtime.guard import DeviceKeys
@@ -41,7 +45,7 @@ class GrpcTransport:
     """
 
     def __init__(self, host: str, port: int, *, hello: Hello | None = None, keys: DeviceKeys | None = None) -> None:
-        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._address = format_address(host, port)
         self._hello, self._keys = hello or Hello(), keys
         self._metadata = self._hello.to_metadata()
         self.alone = 0

@@ -6,18 +6,21 @@ beside them the device's `token`, and at the edge `tokens`: a line `NAME SHA256`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import re
 import ssl
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import KeysError
 from pipeline.runtime.hello import DEVICE_NAME, Hello
 
 AUTHORITY, CERTIFICATE, KEY, TOKEN, TOKENS = "ca.crt", "tls.crt", "tls.key", "token", "tokens"
-Print = tuple[int, int, int]
+Fingerprint = tuple[int, int, int]
 _LINE = re.compile(rf"({DEVICE_NAME.pattern})\s+([0-9a-f]{{64}})", re.ASCII)
 
 
@@ -34,27 +37,38 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-class EdgeKeys:
-    """The keys of an edge, and the devices that may ask it.
+class Keys:
+    """The keys of one side: `context` makes use of them."""
+
+    def __init__(self, folder: Path, protocol: ssl._SSLMethod) -> None:
+        self._folder = folder
+        self.context = _context(folder, protocol)
+
+    def pems(self) -> tuple[bytes, bytes, bytes]:
+        """Key, certificate and authority, for who makes no use of `context`."""
+        return _pems(self._folder)
+
+
+class EdgeKeys(Keys):
+    """The keys of an edge, and the devices that may ask it. Its certificate ends at `ends_s` (s since 1970).
 
     Raises:
         KeysError: one is missing or cannot be used.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._tokens = folder / TOKENS
-        self.context = _context(folder, ssl.PROTOCOL_TLS_SERVER)
+        super().__init__(folder, ssl.PROTOCOL_TLS_SERVER)
         self.context.num_tickets = 0  # a connection lasts; a ticket would only be bytes
-        self._seen = _print(self._tokens)
+        try:
+            self.ends_s = _end_s(folder, shown_by_server=True)
+        except ssl.SSLError as error:
+            raise KeysError(f"no device would take {folder / CERTIFICATE} ({_reason(error)}); make another with `coinfer keys`.") from error
+        self._tokens = folder / TOKENS
+        self._seen = _fingerprint(self._tokens)
         self._names = token_names(self._tokens)
 
-    def pems(self) -> tuple[bytes, bytes, bytes]:
-        """Key, certificate and authority, for who makes no use of `context`."""
-        return _pems(self._folder)
-
-    def refuses(self, hello: Hello | None) -> str | None:
-        """Why a client that said this (None: nothing) may not ask; None if it may."""
+    def refuses(self, hello: Hello | None, certified: str) -> str | None:
+        """Why a client that said this (None: nothing) and has a certificate of that common name may not ask; None if it may."""
         self._follow()
         if hello is None or not hello.token:
             return "this edge wants a token; give the device the keys that `coinfer keys` made for it."
@@ -62,10 +76,12 @@ class EdgeKeys:
             return "the token is none of this edge's; give the device the keys that `coinfer keys` made for it."
         if name != hello.device:
             return f"the token is {name}'s, not {hello.device or 'of a device without a name'}'s; give each device its own keys."
+        if certified != name:
+            return f"the certificate is that of {certified[:80]!r}, not of {name}; give each device its own keys."
         return None
 
     def _follow(self) -> None:
-        if (found := _print(self._tokens)) == self._seen:
+        if (found := _fingerprint(self._tokens)) == self._seen:
             return
         self._seen = found
         try:
@@ -74,26 +90,25 @@ class EdgeKeys:
             print(f"coinfer: the tokens stay as they were: {error}", file=sys.stderr, flush=True)
 
 
-class DeviceKeys:
-    """The keys of a device.
+class DeviceKeys(Keys):
+    """The keys of a device. It is warned of a certificate that no edge takes, for it can go on alone, and its clock may be set later.
 
     Raises:
         KeysError: one is missing or cannot be used.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.context = _context(folder, ssl.PROTOCOL_TLS_CLIENT)
+        super().__init__(folder, ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            _end_s(folder, shown_by_server=False)
+        except ssl.SSLError as error:
+            print(f"coinfer: no edge will take {folder / CERTIFICATE} ({_reason(error)}); make another with `coinfer keys`.", file=sys.stderr, flush=True)
         try:
             self.device, _, self.token = (folder / TOKEN).read_text().strip().partition(" ")
         except (OSError, UnicodeDecodeError) as error:
             raise _unusable(folder / TOKEN, error) from error
         if not (DEVICE_NAME.fullmatch(self.device) and re.fullmatch(r"[!-~]+", self.token)):
             raise KeysError(f"{folder / TOKEN} holds no line NAME TOKEN; make the keys again with `coinfer keys`.")
-
-    def pems(self) -> tuple[bytes, bytes, bytes]:
-        """Key, certificate and authority, for who makes no use of `context`."""
-        return _pems(self._folder)
 
 
 def edge_keys(folder: Path | None, host: str) -> EdgeKeys | None:
@@ -158,14 +173,46 @@ def _context(folder: Path, protocol: ssl._SSLMethod) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_REQUIRED
     _pems(folder)
     try:
-        context.load_cert_chain(folder / CERTIFICATE, folder / KEY, password=lambda: b"")  # or it would be asked for on the terminal
+        _load(context, folder)
         context.load_verify_locations(folder / AUTHORITY)
     except (ssl.SSLError, ValueError) as error:
         raise KeysError(f"the keys in {folder} cannot be used ({_reason(error)}); make them again with `coinfer keys`.") from error
     return context
 
 
-def _print(path: Path) -> Print | None:
+def _load(context: ssl.SSLContext, folder: Path) -> None:
+    context.load_cert_chain(folder / CERTIFICATE, folder / KEY, password=lambda: b"")  # or it would be asked for on the terminal
+
+
+def _end_s(folder: Path, *, shown_by_server: bool) -> float:
+    """When its certificate ends (s since 1970). OpenSSL tells that of one that it has verified, so it is shown, in memory, to a side that trusts it.
+
+    Raises:
+        ssl.SSLError: it has ended, or not begun, or is for another use.
+    """
+    client, server = (ssl.SSLContext(protocol) for protocol in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER))
+    verifier = client if shown_by_server else server
+    for context in (client, server):
+        context.check_hostname, context.verify_mode = False, ssl.CERT_REQUIRED if context is verifier else ssl.CERT_NONE
+        _load(context, folder)
+    verifier.load_verify_locations(folder / CERTIFICATE)
+    verifier.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asking, asked = client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)
+    for side in (asking, asked, asking, asked):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    found = (asking if shown_by_server else asked).getpeercert()
+    assert found is not None
+    return ssl.cert_time_to_seconds(str(found["notAfter"]))
+
+
+def common_name(certificate: Mapping[str, Any]) -> str:
+    """Whose a certificate is, of those that `ssl` has verified."""
+    return next((value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"), "")
+
+
+def _fingerprint(path: Path) -> Fingerprint | None:
     try:
         found = path.stat()
     except OSError:
@@ -178,4 +225,4 @@ def _unusable(path: Path, error: Exception) -> KeysError:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "reason", None) or str(error)
+    return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)

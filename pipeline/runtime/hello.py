@@ -27,6 +27,7 @@ DEVICE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 
 _TOKEN, _BEARER = "authorization", "Bearer "
 _PREFIX, _TOLD = "coinfer-", ("device", "version", "alone")
+_FORMS = {"version": re.compile(r"[\w.+-]{0,64}", re.ASCII), "token": re.compile("[!-~]*")}
 _ID = re.compile(rf"([0-9a-f]{{{2 * BUNDLE_ID_BYTES}}})?")
 
 
@@ -34,8 +35,8 @@ _ID = re.compile(rf"([0-9a-f]{{{2 * BUNDLE_ID_BYTES}}})?")
 class Hello:
     """Args:
     device: its name, letters, digits and `_.-`.
-    version: of the coinfer that runs there.
-    token: what it may show the edge, see `guard`.
+    version: of the coinfer that runs there, up to 64 letters, digits and `_.+-`.
+    token: what it may show the edge, see `guard`; printable ASCII without spaces.
     compact: the bundle of all that follows, 8 hexadecimal digits; empty: frames are whole ones.
     alone: pictures that it has classified without the edge since it said so last.
     """
@@ -81,6 +82,9 @@ class Hello:
         for name, value in known.items():
             if type(value) is not type(getattr(cls, name)) or (name == "alone" and not 0 <= value < 1 << 40):
                 raise FrameError(f"hello says {name} {str(value)[:40]!r}; the sender is of another version.")
+        for name, form in _FORMS.items():
+            if not form.fullmatch(known.get(name, "")):
+                raise FrameError(f"hello says a {name} with characters that none has, or too many; the sender is of another version.")
         if known.get("device") and not DEVICE_NAME.fullmatch(known["device"]):
             raise FrameError(f"device is called {known['device'][:80]!r}; give a name of up to 64 letters, digits and _.-")
         if not _ID.fullmatch(known.get("compact", "")):

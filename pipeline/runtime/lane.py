@@ -88,11 +88,6 @@ class Lane:
         self._closing = True
         self._queue.put(None)
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether everything is answered after `close`."""
-        return not self._thread.is_alive()
-
     def _run(self) -> None:
         while jobs := self._gather():
             count: Callable[[], None] = _nothing
@@ -112,7 +107,10 @@ class Lane:
         count: Callable[[], None] = _nothing
         for index, job in enumerate(jobs):
             start_s = time.perf_counter()
-            if start_s - job.came_s > self._patience_s or not job.wanted():
+            if not job.wanted():
+                replies[index] = half.refusal(BUSY)  # which nobody hears, so it is counted nowhere
+                continue
+            if start_s - job.came_s > self._patience_s:
                 replies[index] = self._refusal(Refusal.BUSY, BUSY)
                 continue
             try:

@@ -51,6 +51,10 @@ class EdgeCollector(Collector):
         for bundle_id, lane in list(server.lanes.items()):
             queue.add_metric([bundle_id.hex()], lane.waiting)
         yield queue
+        if server.keys:
+            ends = GaugeMetricFamily("coinfer_certificate_expires_timestamp_seconds", "when the edge's certificate ends")
+            ends.add_metric([], server.keys.ends_s)
+            yield ends
         with tally.lock:
             yield from self._counts()
             yield from self._devices()

@@ -5,6 +5,7 @@ What crosses between proxy and replica are the bytes of the Open Inference Proto
 
 # Without `from __future__ import annotations`: Serve makes of an application's arguments what the annotation of `app` is, not what it says.
 import asyncio
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.grpc_front import GrpcFront
 from pipeline.runtime.lane import Batching
 from pipeline.runtime.server import EdgeServer, Limits
-
-ALL_PROXIES = 1e9  # frames a second: those of all devices come from a few proxies, and Serve limits what waits
 
 
 class Settings(BaseModel):
@@ -73,7 +72,8 @@ class Edge:
     """A replica. Serve calls the method that a request names."""
 
     def __init__(self, bundle: str, threads: int, max_batch: int, max_delay: float, max_waiting: int, signed_by: str | None) -> None:
-        server = EdgeServer(Batching(max_batch, max_delay), Limits(waiting=max_waiting, per_second=ALL_PROXIES))
+        limits = Limits(waiting=max_waiting, per_second=math.inf)  # all come from a few proxies; Serve limits what waits
+        server = EdgeServer(Batching(max_batch, max_delay), limits)
         server.loop = asyncio.get_running_loop()
         server.add(EdgeHalf(_loaded(Path(bundle), Path(signed_by) if signed_by else None), threads))
         self._handlers = GrpcFront("", 0).handlers(server)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import multiprocessing
+import resource
 import signal
 import sys
 import time
@@ -25,9 +27,10 @@ from pipeline.runtime.tally import Refusal, Tally
 
 START_TIMEOUT_S = 60.0
 SWEEP_S = 1.0
-HANDSHAKE_S = 10.0
 LOOK_S = 1.0
 DRAIN_S = 30.0
+BACKLOG = 100  # connections that come at once
+OTHER_FILES = 100  # open beside connections
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Limits:
         payload_bytes: of one frame.
         connections: open at once; more are told so and closed.
         waiting: frames in the queue of a bundle; more are answered "busy" at once.
-        per_second: frames of one device, or without keys of one address, on average; a burst of as many is let through.
+        per_second: frames of one device, or without keys of one address, on average; a burst of as many is let through. inf: any number.
         idle_s: after which a silent connection is closed.
         partial_s: within which a frame that has begun has to be complete.
         patience_s: after which a frame that waits is answered "busy".
@@ -55,17 +58,17 @@ class Limits:
 
 @dataclass
 class Bucket:
-    """Frames that an address may still send now."""
+    """Frames that somebody may still send now."""
 
     tokens: float
     filled_s: float
 
-    def take(self, per_second: float, now_s: float) -> bool:
+    def take(self, count: int, per_second: float, now_s: float) -> bool:
         self.tokens = min(per_second, self.tokens + (now_s - self.filled_s) * per_second)
         self.filled_s = now_s
-        if self.tokens < 1:
+        if self.tokens < count:
             return False
-        self.tokens -= 1
+        self.tokens -= count
         return True
 
 
@@ -105,7 +108,7 @@ class EdgeServer:
 
     def __init__(self, batching: Batching, limits: Limits, keys: EdgeKeys | None = None, fronts: Sequence[Front] = ()) -> None:
         self.batching, self.limits, self.keys, self.fronts = batching, limits, keys, fronts
-        self.tally = Tally()
+        self.tally = Tally(math.inf) if keys else Tally()  # keys bound the names that there are
         self.lanes: dict[bytes, Lane] = {}
         self.clients: set[Client] = set()
         self.buckets: dict[str, Bucket] = {}
@@ -123,20 +126,26 @@ class EdgeServer:
         """Refuse frames of that bundle from now on; those that wait are answered."""
         self.lanes.pop(bundle_id).close()
 
+    def over_rate(self, name: str, count: int = 1) -> str | None:
+        """Why so many frames from there are refused now; None if they may come. Asked before anything else is done with them."""
+        if (per_second := self.limits.per_second) == math.inf:
+            return None
+        now_s = time.perf_counter()
+        if self.buckets.setdefault(name, Bucket(per_second, now_s)).take(count, per_second, now_s):
+            return None
+        self.tally.refused(Refusal.RATE)
+        return f"more than {per_second:g} frames a second from {name}; send fewer."
+
     def take(self, frame: bytes, asker: Asker) -> None:
         """Queue a whole frame, or refuse it at once; either way `asker` is told once."""
         self.put(frame[1:5], frame, asker)
 
     def put(self, bundle_id: bytes, frame: Asked, asker: Asker) -> None:
         """Like `take`, for that bundle whatever the frame says."""
-        now_s = time.perf_counter()
-        bucket = self.buckets.setdefault(asker.name, Bucket(self.limits.per_second, now_s))
-        if not bucket.take(self.limits.per_second, now_s):
-            reason, text = Refusal.RATE, f"more than {self.limits.per_second:g} frames a second from {asker.name}; send fewer."
-        elif (lane := self.lanes.get(bundle_id)) is None:
+        if (lane := self.lanes.get(bundle_id)) is None:
             known = ", ".join(sorted(each.hex() for each in self.lanes)) or "none"
             reason, text = Refusal.BUNDLE, f"frame is for bundle {bundle_id.hex()}, this edge runs {known}; give device and edge the same bundle."
-        elif lane.put(Job(frame, asker.told, asker.is_there, now_s)):
+        elif lane.put(Job(frame, asker.told, asker.is_there)):
             return
         else:
             reason, text = Refusal.BUSY, BUSY
@@ -161,29 +170,29 @@ class EdgeServer:
         """Answer for the bundles on `shelf` until `stop`, or one of `signals`; then take no more, answer what waits, and end.
 
         Raises:
-            CoinferError: the shelf is empty, or the address cannot be bound.
+            CoinferError: the shelf is empty, the address cannot be bound, or so many connections cannot be open.
         """
+        _allow_files(self.limits.connections * (1 + len(self.fronts)) + BACKLOG + OTHER_FILES)
         for half in shelf.first():
             self.add(half)
         self.loop = asyncio.get_running_loop()
         for number in signals:
             self.loop.add_signal_handler(number, self.stop)
         try:
-            tls, handshake_s = (self.keys.context, HANDSHAKE_S) if self.keys else (None, None)
-            server = await self.loop.create_server(lambda: Client(self), host, port, backlog=1024, ssl=tls, ssl_handshake_timeout=handshake_s)
+            server = await self.loop.create_server(lambda: Client(self), host, port, backlog=BACKLOG)
         except (OSError, OverflowError, UnicodeError) as error:
             raise CoinferError(f"edge cannot listen on {host}:{port} ({error}); choose another port or address.") from error
-        tasks = [self.loop.create_task(self._sweep()), self.loop.create_task(self._follow(shelf))]
+        sweeping, following = self.loop.create_task(self._sweep()), self.loop.create_task(self._follow(shelf))
         try:
             for front in self.fronts:
                 await front.start(self)
             announce(server.sockets[0].getsockname()[1])
             await self._stopped.wait()
         finally:
-            for task in tasks:
-                task.cancel()
+            following.cancel()
             server.close()
             await self._drain()
+            sweeping.cancel()  # until now, or whoever watches would take the server for dead
 
     async def _drain(self) -> None:
         self.is_stopping = True
@@ -223,6 +232,15 @@ class EdgeServer:
             for client in list(self.clients):
                 client.sweep(now_s)
             self.buckets = {address: bucket for address, bucket in self.buckets.items() if now_s - bucket.filled_s < 1 + SWEEP_S}
+
+
+def _allow_files(count: int) -> None:
+    """So many open at once, or connections would wait in vain, and each be told of at length in the log."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise CoinferError(f"edge may have {hard} files open, and {count} are needed; allow more (LimitNOFILE=, ulimit -n), or give fewer --max-connections.")
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def _tell(finished: Finished, count: Callable[[], None]) -> None:

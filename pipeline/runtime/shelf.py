@@ -10,7 +10,7 @@ from pipeline.errors import BundleError, CoinferError
 from pipeline.runtime.bundle import MANIFEST, Bundle
 from pipeline.runtime.edge import EdgeHalf
 
-Print = tuple[tuple[str, int, int, int], ...]
+Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 
 class Shelf:
@@ -26,7 +26,7 @@ class Shelf:
     def __init__(self, path: Path, threads: int = 1, slowdown: float = 1.0, check: Callable[[Bundle], object] = lambda bundle: None) -> None:
         self.path, self.threads, self.slowdown, self._check = path, threads, slowdown, check
         self._is_one = (path / MANIFEST).exists() or not path.is_dir()
-        self._seen: dict[Path, Print] = {}  # as its files were when last looked at
+        self._seen: dict[Path, Fingerprint] = {}  # as its files were when last looked at
         self._served: dict[Path, bytes] = {}
         self._missed: set[Path] = set()
 
@@ -83,7 +83,7 @@ class Shelf:
         print(f"coinfer: not served: {reason}", file=sys.stderr, flush=True)
 
 
-def _fingerprint(path: Path) -> Print | None:
+def _fingerprint(path: Path) -> Fingerprint | None:
     """Names, sizes, times and places of a bundle's files; None where there is no bundle."""
     try:
         files = [(file.name, file.stat()) for file in sorted(path.iterdir())]

@@ -81,9 +81,10 @@ class Device:
 
 
 class Tally:
-    """Safe to tell from several threads; `lock` holds it still."""
+    """Safe to tell from several threads; `lock` holds it still. Of more than `most_devices` those last heard are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_devices: float = MOST_DEVICES) -> None:
+        self.most_devices = most_devices
         self.lock = threading.Lock()
         self.began_s = time.time()
         self.served: dict[bytes, Served] = {}
@@ -112,19 +113,20 @@ class Tally:
             self.bytes[direction] += count
 
     def hello(self, hello: Hello) -> None:
-        """A device that has come."""
+        """A device that has come. What it did alone is told with `answered`: until then it says so again each time it comes."""
         with self.lock:
             known = self.devices.pop(hello.device, None) or Device(hello.version, 0.0)
-            known.version, known.seen_s, known.alone = hello.version, time.time(), known.alone + hello.alone
+            known.version, known.seen_s = hello.version, time.time()
             self.devices[hello.device] = known
-            while len(self.devices) > MOST_DEVICES:
+            while len(self.devices) > self.most_devices:
                 self.devices.pop(next(iter(self.devices)))
 
-    def answered(self, device: str) -> None:
-        """A frame of a device."""
+    def answered(self, device: str, frames: int = 1, alone: int = 0) -> None:
+        """Frames of a device, which has heard an answer now to its saying that it did so many pictures alone."""
         with self.lock:
-            if known := self.devices.get(device):
-                known.seen_s, known.answered = time.time(), known.answered + 1
+            if known := self.devices.pop(device, None):
+                known.seen_s, known.answered, known.alone = time.time(), known.answered + frames, known.alone + alone
+                self.devices[device] = known
 
     def summary(self) -> dict[str, Any]:
         """Everything as JSON, by bundle in hexadecimal digits; `fallback_share` is of the pictures of devices that say who they are."""

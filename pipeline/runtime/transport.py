@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from pipeline.costs.link import Link, Serialiser, wire_bytes
 from pipeline.errors import CoinferError
-from pipeline.runtime.framing import Compact, Framing, Whole
+from pipeline.runtime.frame import Kind
+from pipeline.runtime.framing import KIND_BYTE, Compact, Framing, Whole
 from pipeline.runtime.hello import Hello
 
 CONNECT_TIMEOUT_S = 5.0
@@ -141,7 +142,7 @@ class TcpTransport:
         self._framing: Framing = Compact(hello.bundle_id) if hello and hello.compact else WHOLE
         self._socket: socket.socket | None = None
         self._resolved: list[tuple[socket.AddressFamily, Any]] = []
-        self.alone = 0
+        self.alone = self._told = 0  # the latter on this connection, which the edge counts once it has answered
 
     def request(self, frame: bytes, timeout_s: float = REPLY_TIMEOUT_S) -> bytes:
         """Send one frame and wait for its reply; an emulated link's waits come on top of the timeout.
@@ -167,7 +168,10 @@ class TcpTransport:
             raise self._unreachable(error) from error
         if self._link:
             self._link.down(len(reply))
-        return self._framing.incoming(reply)
+        answer = self._framing.incoming(reply)
+        if answer[KIND_BYTE] == Kind.REPLY:
+            self.alone, self._told = self.alone - self._told, 0
+        return answer
 
     def message_bytes(self, frame: bytes) -> int:
         length = len(self._framing.outgoing(frame))
@@ -185,12 +189,12 @@ class TcpTransport:
             raise self._unreachable(error) from error
 
     def _exchange(self, message: bytes, end_s: float) -> bytes:
-        greeting, alone = b"", 0
+        greeting = b""
         try:
             if self._socket is None:
                 self._socket = self._connect(end_s)
                 if self._hello:
-                    greeting, alone = replace(self._hello, alone=self.alone).pack(), self.alone
+                    greeting, self._told = replace(self._hello, alone=self.alone).pack(), self.alone
             self._socket.settimeout(_left_s(end_s))
             self._socket.sendall(greeting + message)
             reply = receive_message(self._socket, self._framing, end_s)
@@ -200,7 +204,6 @@ class TcpTransport:
         if reply is None:
             self.close()
             raise ConnectionResetError("it closed the connection")
-        self.alone -= alone
         return reply
 
     def _connect(self, end_s: float) -> socket.socket:
@@ -250,6 +253,8 @@ class TcpTransport:
 
     def _unreachable(self, error: OSError) -> EdgeUnreachable:
         host, port = self._address
+        if isinstance(error, ssl.SSLEOFError):
+            error = ConnectionResetError("it closed the connection")
         if isinstance(error, ssl.SSLError):
             reason = getattr(error, "verify_message", "") or error.reason or str(error)
             return distrust(f"{host}:{port}", reason)

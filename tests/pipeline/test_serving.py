@@ -25,8 +25,8 @@ def tally():
     tally.refused(Refusal.BUSY)
     tally.carried("in", 1_000)
     tally.hello(Hello("ant", "1.0", alone=1))
-    for _ in range(3):
-        tally.answered("ant")
+    tally.answered("ant", alone=1)
+    tally.answered("ant", frames=2)
     return tally
 
 

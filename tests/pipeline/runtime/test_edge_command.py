@@ -110,6 +110,13 @@ def test_an_edge_that_cannot_start_says_why(make_bundle, arguments, sentence):
     assert sentence in done.stderr
 
 
+def test_an_edge_that_may_not_open_enough_files_says_so(make_bundle):
+    command = ["sh", "-c", 'ulimit -n 128; exec "$@"', "sh", *COINFER, "edge", "--bundle", make_bundle().path, "--port", "0"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "may have 128 files open, and 1224 are needed" in done.stderr
+
+
 def test_without_its_extra_the_command_for_keys_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['cryptography'] = None; from pipeline.cli import main; sys.argv[1:] = ['keys', sys.argv[1], '--edge', 'a']; main()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "keys")], capture_output=True, text=True, check=False)

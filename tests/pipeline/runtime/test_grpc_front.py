@@ -189,6 +189,32 @@ def test_more_frames_a_second_than_the_limit_are_resource_exhausted_whichever_wa
     assert "3 frames a second from 127.0.0.1" in future.details()
 
 
+def test_calls_of_any_kind_are_limited(serve, make_bundle):
+    running, client = serve(make_bundle(), limits=Limits(per_second=5))
+    infer, live = (client.channel.unary_unary(oip.path(name)) for name in ("ModelInfer", "ServerLive"))
+    codes = {}
+    for name, call, request in (("bad", infer, b"\xff"), ("live", live, b"")):
+        running.call(running.server.buckets.clear)
+        codes[name] = {future.code() for future in [call.future(request, timeout=20) for _ in range(50)]}
+    assert codes == {"bad": {CODES.INVALID_ARGUMENT, CODES.RESOURCE_EXHAUSTED}, "live": {CODES.OK, CODES.RESOURCE_EXHAUSTED}}
+
+
+def test_what_is_answered_and_what_is_refused_is_counted(serve, make_bundle):
+    bundle, other = make_bundle(), make_bundle(seed=1)
+    running, client = serve(bundle, hello=Hello("ant", alone=4))
+    frames, tally = frames_of(bundle, 3), running.server.tally
+    client.call("ServerLive")
+    assert tally.devices["ant"].alone == 0
+    client.infer(request_for(bundle, *frames)).result()
+    assert (tally.devices["ant"].answered, tally.served[bundle.bundle_id].answered, tally.devices["ant"].alone) == (3, 3, 4)
+    infer = client.channel.unary_unary(oip.path("ModelInfer"))
+    for count, call in enumerate([lambda: client.infer(request_for(bundle)), lambda: infer.future(b"\xff"), lambda: client.infer(request_for(bundle, b""))], 1):
+        assert call().code() is CODES.INVALID_ARGUMENT
+        assert tally.refusals["frame"] == count
+    assert client.infer(request_for(other, *frames)).code() is CODES.NOT_FOUND
+    assert (tally.refusals["bundle"], sum(tally.refusals.values())) == (1, 4)
+
+
 def test_frames_and_messages_above_the_limit_are_refused(serve, make_bundle):
     bundle = make_bundle()
     _, client = serve(bundle, limits=Limits(payload_bytes=1_000))
@@ -331,6 +357,15 @@ def test_who_shows_no_token_is_told_why_and_finds_out_nothing(serve, make_bundle
     assert code == CODES.UNAUTHENTICATED
     assert "token is ant's" in why
     assert (running.server.tally.refusals["keys"], running.server.tally.served) == (4, {})
+    client.metadata = Hello("ant", token=ant.token).to_metadata()
+    client.infer(request_for(bundle, frame)).result()
+
+
+def test_a_token_is_not_enough_without_its_devices_certificate(serve, make_bundle, key_folder):
+    bundle, ant, bee = make_bundle(), DeviceKeys(key_folder / "ant"), DeviceKeys(key_folder / "bee")
+    _, client = serve(bundle, device=bee, hello=Hello("ant", token=ant.token), keys=key_folder / "edge")
+    code, why = refused(client.infer(request_for(bundle, *frames_of(bundle, 1))))
+    assert (code, "certificate is that of 'bee', not of ant" in why) == (CODES.UNAUTHENTICATED, True)
 
 
 @pytest.mark.parametrize("metadata", [{"coinfer-device": "two words"}, {"coinfer-device": "ant", "coinfer-alone": "-1"}, {"coinfer-alone": "9" * 40}])
@@ -347,6 +382,10 @@ def test_a_port_in_use_is_one_sentence(serve, make_bundle):
     running, _ = serve(bundle)
     with pytest.raises(CoinferError, match=rf"cannot listen on 127\.0\.0\.1:{running.grpc_port} for gRPC; choose another port"):
         serve_edge(bundle.path, fronts=[GrpcFront("127.0.0.1", running.grpc_port)], signals=())
+    code = "import sys; from pipeline.cli import main; sys.argv[1:] = ['edge', '--port', '0', '--bundle', *sys.argv[1:]]; main()"
+    command = [sys.executable, "-c", code, str(bundle.path), "--grpc-port", str(running.grpc_port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
 
 
 def test_without_the_extra_the_commands_say_what_to_install(make_bundle):

@@ -11,10 +11,12 @@ import pytest
 from pipeline.errors import CoinferError, FrameError, KeysError
 from pipeline.runtime.device import DeviceHalf
 from pipeline.runtime.dial import dial
+from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.frame import Kind, pack
 from pipeline.runtime.guard import DeviceKeys, EdgeKeys, edge_keys, is_loopback
 from pipeline.runtime.hello import Hello
 from pipeline.runtime.keymaking import make_keys
+from pipeline.runtime.server import Limits
 from pipeline.runtime.transport import EdgeUnreachable, TcpTransport, receive_frame
 from tests.pipeline.runtime.serving import eventually, frames_of, logits, said
 
@@ -67,20 +69,30 @@ def test_a_certificate_of_another_authority_is_refused_on_both_sides(run, bundle
     assert not running.server.tally.served
 
 
-def test_expired_certificates_are_refused_on_both_sides(run, bundle, key_folder, to, picture):
+def test_expired_certificates_are_refused_on_both_sides(run, bundle, key_folder, to, picture, capsys):
+    running = run(bundle, keys=key_folder / "edge")
     make_keys(key_folder, [], ["ant"], days=0)
+    ant = to(running, key_folder / "ant")
+    assert capsys.readouterr().err.endswith("ant/tls.crt (certificate has expired); make another with `coinfer keys`.\n")
     with pytest.raises(EdgeUnreachable):
-        DeviceHalf(bundle).classify(picture, to(run(bundle, keys=key_folder / "edge"), key_folder / "ant"))
+        DeviceHalf(bundle).classify(picture, ant)
     make_keys(key_folder, ["edge.example"], [], days=0)
+    with pytest.raises(KeysError, match=r"no device would take .*edge/tls\.crt \(certificate has expired\)"):
+        EdgeKeys(key_folder / "edge")
+    running.server.keys.context.load_cert_chain(key_folder / "edge/tls.crt", key_folder / "edge/tls.key")  # as if it had expired meanwhile
     with pytest.raises(EdgeUnreachable, match=r"do not trust each other .*expired"):
-        DeviceHalf(bundle).classify(picture, to(run(bundle, keys=key_folder / "edge"), key_folder / "bee"))
+        DeviceHalf(bundle).classify(picture, to(running, key_folder / "bee"))
+    assert not capsys.readouterr().err
 
 
 def test_a_device_is_no_edge(run, bundle, key_folder, to, picture):
     """Whoever steals a camera can not stand in for the edge."""
-    (key_folder / "ant/tokens").touch()
+    with pytest.raises(KeysError, match="unsuitable certificate purpose"):
+        EdgeKeys(key_folder / "ant")
+    running = run(bundle, keys=key_folder / "edge")
+    running.server.keys.context.load_cert_chain(key_folder / "ant/tls.crt", key_folder / "ant/tls.key")
     with pytest.raises(EdgeUnreachable, match="do not trust each other"):
-        DeviceHalf(bundle).classify(picture, to(run(bundle, keys=key_folder / "ant"), key_folder / "bee"))
+        DeviceHalf(bundle).classify(picture, to(running, key_folder / "bee"))
 
 
 def test_an_edge_of_another_name_is_refused(run, bundle, key_folder):
@@ -112,6 +124,15 @@ def test_a_certificate_is_not_enough_without_the_right_token(run, bundle, key_fo
     assert not running.server.tally.served
 
 
+def test_a_token_is_not_enough_without_its_devices_certificate(run, bundle, key_folder, picture):
+    ant, bee = DeviceKeys(key_folder / "ant"), DeviceKeys(key_folder / "bee")
+    running = run(bundle, keys=key_folder / "edge")
+    transport = TcpTransport("127.0.0.1", running.port, hello=Hello("ant", token=ant.token), tls=bee.context)
+    with contextlib.closing(transport), pytest.raises(FrameError, match="certificate is that of 'bee', not of ant"):
+        DeviceHalf(bundle).classify(picture, transport)
+    assert not running.server.tally.served
+
+
 def test_devices_are_let_in_and_shut_out_while_the_edge_runs(run, bundle, key_folder, to, picture, monkeypatch):
     monkeypatch.setattr("pipeline.runtime.server.SWEEP_S", 0.05)
     running, device = run(bundle, keys=key_folder / "edge"), DeviceHalf(bundle)
@@ -133,36 +154,76 @@ def test_broken_tokens_change_nothing_until_they_are_mended(key_folder, capsys):
     hello, tokens = Hello("ant", token=ant.token), key_folder / "edge/tokens"
     good = tokens.read_text()
     tokens.write_text("ant")
-    assert keys.refuses(hello) is None
+    assert keys.refuses(hello, "ant") is None
     assert "line 1, is no NAME SHA256" in capsys.readouterr().err
     tokens.unlink()
-    assert keys.refuses(hello) is None
+    assert keys.refuses(hello, "ant") is None
     assert capsys.readouterr().err.count("\n") == 1
-    assert keys.refuses(hello) is None
+    assert keys.refuses(hello, "ant") is None
     assert not capsys.readouterr().err
     tokens.write_text("# nobody\n" + good.replace("ant", "eel"))
-    assert keys.refuses(hello) is not None
+    assert keys.refuses(hello, "ant") is not None
 
 
 def test_tokens_are_read_again_even_where_size_and_date_are_as_before(key_folder):
     keys, ant = EdgeKeys(key_folder / "edge"), DeviceKeys(key_folder / "ant")
     hello, tokens = Hello("ant", token=ant.token), key_folder / "edge/tokens"
-    assert keys.refuses(hello) is None
+    assert keys.refuses(hello, "ant") is None
     before = tokens.stat()
     tokens.write_text(tokens.read_text().replace("ant", "eel"))
     os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert keys.refuses(hello) is not None
+    assert keys.refuses(hello, "ant") is not None
 
 
 def test_a_client_that_never_shakes_hands_is_let_go(run, bundle, key_folder, monkeypatch):
-    monkeypatch.setattr("pipeline.runtime.server.HANDSHAKE_S", 0.2)
+    monkeypatch.setattr("pipeline.runtime.connection.HANDSHAKE_S", 0.2)
     with run(bundle, keys=key_folder / "edge").connect() as connection, contextlib.suppress(ConnectionResetError):
         assert connection.recv(1) == b""
 
 
-def test_limits_are_per_device_with_keys_and_not_per_address(run, bundle, key_folder, to):
-    from pipeline.runtime.server import Limits
+def test_silent_connections_count_before_they_shake_hands(run, bundle, key_folder, to):
+    running, [frame] = run(bundle, limits=Limits(connections=3), keys=key_folder / "edge"), frames_of(bundle, 1)
+    ant = to(running, key_folder / "ant")
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(running.connect()) for _ in range(4)]
+        assert silent[3].recv(1) == b""
+        assert len(running.server.clients) == 3
+        with pytest.raises(EdgeUnreachable, match=r"does not answer \((it closed the connection|.*reset by peer)\)"):
+            ant.request(frame)
+        assert running.server.tally.refusals["connections"] == 2
+    eventually(lambda: not running.server.clients)
+    logits(ant.request(frame))
+    with running.connect() as silent_still:
+        eventually(lambda: len(running.server.clients) == 2)
+        running.call(running.server.stop)
+        assert silent_still.recv(1) == b""
 
+
+def test_frames_that_come_with_the_end_of_the_handshake_are_answered(run, bundle, key_folder):
+    running, frames, keys = run(bundle, limits=Limits(payload_bytes=10_000), keys=key_folder / "edge"), frames_of(bundle, 300), DeviceKeys(key_folder / "ant")
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = keys.context.wrap_bio(there, back, server_hostname="localhost")
+    with running.connect() as connection:
+
+        def until_done(step):
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    connection.sendall(back.read())
+                    there.write(connection.recv(1 << 16))
+
+        until_done(tls.do_handshake)
+        tls.write(Hello("ant", token=keys.token).pack() + b"".join(frames))
+        connection.sendall(back.read())
+        size = len(EdgeHalf(bundle).handle(frames[0])[0])
+        found = b""
+        while len(found) < size * len(frames):
+            found += until_done(lambda: tls.read(1 << 16))
+    assert [logits(found[place : place + size]).shape for place in range(0, len(found), size)] == [(3,)] * len(frames)
+
+
+def test_limits_are_per_device_with_keys_and_not_per_address(run, bundle, key_folder, to):
     running, [frame] = run(bundle, limits=Limits(per_second=3), keys=key_folder / "edge"), frames_of(bundle, 1)
     ant, bee = to(running, key_folder / "ant"), to(running, key_folder / "bee")
     for _ in range(3):
@@ -192,7 +253,7 @@ def test_an_edge_without_keys_takes_frames_and_hellos_as_they_come(run, bundle):
         assert connection.recv(100).startswith(b"\xc0")  # refused in the profile that was asked for
     transport.close()
     devices = running.server.tally.devices
-    assert (devices["ant"].version, devices["ant"].alone, devices["bee"].answered) == ("1.0", 3, 1)
+    assert (devices["ant"].version, devices["ant"].alone, devices["bee"].answered) == ("1.0", 0, 1)
     assert devices["ant"].answered == 0
 
 
@@ -218,7 +279,7 @@ def test_keys_that_cannot_be_used_are_one_sentence(key_folder, side, name, conte
     if content is not None:
         path.write_bytes(content)
     if path.name == "tokens" and content == b"":
-        assert EdgeKeys(folder).refuses(Hello("ant", token="any"))
+        assert EdgeKeys(folder).refuses(Hello("ant", token="any"), "ant")
         return
     with pytest.raises(KeysError, match=r"^[^\n]*coinfer keys[^\n]*$"):
         side(folder)

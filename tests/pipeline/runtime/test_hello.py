@@ -13,7 +13,7 @@ def wire(body: bytes) -> bytes:
     return struct.pack(">BH", 0xC2, len(body)) + body
 
 
-@pytest.mark.parametrize("hello", [Hello(), Hello("camera-1", "0.1.0", "secret", "00ff00ff", 7)])
+@pytest.mark.parametrize("hello", [Hello(), Hello("camera-1", "0.1.0rc1+g1234_5", "s!cr~t", "00ff00ff", 7)])
 def test_it_comes_out_as_it_went_in(hello):
     data = hello.pack()
     assert hello_bytes(data[:HEAD_BYTES]) == len(data)
@@ -36,6 +36,11 @@ def test_a_later_version_may_say_more():
         (json.dumps({"device": "x" * 65}).encode(), "give a name"),
         (b'{"alone":true}', "alone"),
         (b'{"alone":-1}', "alone"),
+        (b'{"version":"\\ud800"}', "version"),
+        (b'{"version":"1 or \\"2\\""}', "version"),
+        (json.dumps({"version": "1" * 65}).encode(), "version"),
+        (b'{"token":"\\ud800"}', "token"),
+        (b'{"token":"two words"}', "token"),
         (b'{"compact":"00ff"}', "bundle"),
         (b'{"compact":"00FF00FF"}', "bundle"),
     ],

@@ -100,6 +100,7 @@ def test_what_waited_too_long_or_whose_sender_has_left_is_not_run(run, make_bund
         logits(receive_frame(first))
         assert "busy" in said(receive_frame(second))
         assert gate.sizes == [1]
+        assert running.server.tally.refusals["busy"] == 1, "who has left was told nothing"
 
 
 def test_an_edge_half_that_fails_answers_so_and_goes_on(run, make_bundle, monkeypatch):

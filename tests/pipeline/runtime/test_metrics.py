@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import socket
 import ssl
+import subprocess
 import urllib.error
 import urllib.request
 from importlib.metadata import PackageNotFoundError
@@ -12,10 +14,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.errors import CoinferError, KeysError
 from pipeline.runtime.frame import Kind, pack
+from pipeline.runtime.guard import EdgeKeys
 from pipeline.runtime.hello import Hello
+from pipeline.runtime.lane import Batching
 from pipeline.runtime.metrics import MetricsFront
-from pipeline.runtime.server import Limits
-from pipeline.runtime.transport import TcpTransport
+from pipeline.runtime.server import EdgeServer, Limits
+from pipeline.runtime.tally import Tally
+from pipeline.runtime.transport import TcpTransport, receive_frame
 from tests.pipeline.runtime.serving import ask, eventually, frames_of, logits, said
 
 
@@ -85,13 +90,47 @@ def test_a_checkout_that_is_not_installed_is_of_an_unknown_version(run, make_bun
     assert samples(watch(run(make_bundle()))("/metrics"))["coinfer_info", "unknown"] == 1
 
 
+def test_what_a_device_did_alone_is_counted_once_however_bad_the_link(run, make_bundle):
+    bundle = make_bundle()
+    running, [frame] = run(bundle), frames_of(bundle, 1)
+    devices = running.server.tally.devices
+    for count in range(1, 4):
+        with running.connect() as connection:
+            connection.sendall(Hello("ant", alone=2).pack() + frame[:10])
+            eventually(lambda: running.server.tally.bytes["in"] >= count * len(Hello("ant", alone=2).pack() + frame[:10]))  # noqa: B023
+    assert devices["ant"].alone == 0
+    for hello in (Hello("ant"), Hello("ant", compact=bundle.bundle_id.hex())):
+        transport, before = TcpTransport("127.0.0.1", running.port, hello=hello), devices["ant"].alone
+        transport.alone = 2
+        said(transport.request(pack(b"", bundle.bundle_id, Kind.IMAGE)))
+        assert (transport.alone, devices["ant"].alone) == (2, before)
+        transport.alone = 3
+        for _ in range(2):
+            logits(transport.request(frame))
+        assert (transport.alone, devices["ant"].alone) == (1, before + 2)
+        transport.close()
+
+
+def test_a_frame_cut_short_is_a_refusal(run, make_bundle):
+    bundle = make_bundle()
+    running, [frame] = run(bundle), frames_of(bundle, 1)
+    with running.connect() as connection:
+        connection.sendall(2 * frame + frame[:-1])
+        connection.shutdown(socket.SHUT_WR)
+        for _ in range(2):
+            logits(receive_frame(connection))
+        assert connection.recv(1) == b""
+    assert running.server.tally.refusals["frame"] == 1
+
+
 def test_names_end_in_their_units_and_are_told_once(run, make_bundle, watch):
     text = watch(run(make_bundle()))("/metrics")
     assert len(re.findall("^# HELP coinfer_ready ", text, re.MULTILINE)) == 1
     assert not any(line for line in text.splitlines() if line.startswith("# HELP") and line.endswith(" "))
 
 
-def test_what_waits_shows_and_a_server_that_drains_is_alive_but_not_ready(run, make_bundle, watch, gate):
+def test_what_waits_shows_and_a_server_that_drains_is_alive_but_not_ready(run, make_bundle, watch, gate, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.server.SWEEP_S", 0.05)
     bundle = make_bundle()
     running, frames = run(bundle), frames_of(bundle, 3)
     get = watch(running)
@@ -107,6 +146,8 @@ def test_what_waits_shows_and_a_server_that_drains_is_alive_but_not_ready(run, m
         assert get("/livez") == "ok\n"
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get("/readyz")
+        beat_s = running.server.beat_s
+        eventually(lambda: running.server.beat_s > beat_s)
     finally:
         gate.is_open.set()
         for connection in connections:
@@ -134,7 +175,10 @@ def test_with_keys_only_who_belongs_may_watch(run, make_bundle, watch, key_folde
     with pytest.raises((urllib.error.URLError, OSError)):
         watch(running, context)("/metrics")
     context.load_cert_chain(key_folder / "ant/tls.crt", key_folder / "ant/tls.key")
-    assert "coinfer_ready 1.0" in watch(running, context)("/metrics")
+    found = samples(watch(running, context)("/metrics"))
+    assert found["coinfer_ready",] == 1
+    ends = subprocess.run(["openssl", "x509", "-enddate", "-noout", "-in", key_folder / "edge/tls.crt"], capture_output=True, text=True, check=True).stdout
+    assert found["coinfer_certificate_expires_timestamp_seconds",] == ssl.cert_time_to_seconds(ends.strip().removeprefix("notAfter="))
 
 
 def test_other_machines_watch_only_with_keys(run, make_bundle):
@@ -142,14 +186,30 @@ def test_other_machines_watch_only_with_keys(run, make_bundle):
         asyncio.run(MetricsFront("0.0.0.0", 0).start(run(make_bundle()).server))
 
 
-def test_devices_that_make_up_names_fill_no_memory(run, make_bundle, watch, monkeypatch):
-    monkeypatch.setattr("pipeline.runtime.tally.MOST_DEVICES", 3)
+def test_devices_that_make_up_names_fill_no_memory(run, make_bundle):
     running = run(make_bundle())
+    running.server.tally.most_devices = 3
     for number in range(10):
         with running.connect() as connection:
             connection.sendall(Hello(f"d{number}").pack())
     eventually(lambda: "d9" in running.server.tally.devices)
-    assert len(running.server.tally.devices) == 3
+    assert list(running.server.tally.devices) == ["d7", "d8", "d9"]
+
+
+def test_of_too_many_devices_those_that_are_served_are_kept():
+    tally = Tally(2)
+    for name in ("ant", "bee"):
+        tally.hello(Hello(name))
+    tally.answered("ant")
+    tally.hello(Hello("cat"))
+    assert set(tally.devices) == {"ant", "cat"}
+
+
+def test_devices_with_keys_are_all_kept(key_folder):
+    tally = EdgeServer(Batching(), Limits(), EdgeKeys(key_folder / "edge")).tally
+    for number in range(1100):
+        tally.hello(Hello(f"d{number}"))
+    assert len(tally.devices) == 1100
 
 
 def test_a_port_in_use_is_one_sentence(run, make_bundle):

@@ -1,6 +1,8 @@
 """The edge server as its clients see it: every frame is answered once and in order, whatever else goes on, and no limit can be crossed."""
 
 import contextlib
+import math
+import resource
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 
 from pipeline.runtime.edge import EdgeHalf
 from pipeline.runtime.frame import Kind, pack, unpack
+from pipeline.runtime.hello import Hello
 from pipeline.runtime.server import Limits
 from pipeline.runtime.transport import receive_frame
 from tests.pipeline.runtime.serving import ask, eventually, frames_of, logits, said
@@ -81,6 +84,36 @@ def test_more_frames_a_second_than_the_limit_are_refused(run, make_bundle):
         assert "5 frames a second" in said(ask(connection, frame))
         time.sleep(0.5)
         logits(ask(connection, frame))
+
+
+def test_messages_that_are_damaged_are_limited_like_others(run, make_bundle):
+    bundle = make_bundle()
+    running = run(bundle, limits=Limits(per_second=5))
+    with running.connect() as connection:
+        connection.sendall(Hello(compact=bundle.bundle_id.hex()).pack() + 50 * b"\x00\x00bad!")
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(1 << 16):
+            pass
+    assert running.server.tally.refusals["frame"] < 50
+    assert running.server.tally.refusals["frame"] + running.server.tally.refusals["rate"] == 50
+
+
+def test_without_a_limit_nothing_is_kept_of_who_asks(run, make_bundle):
+    bundle = make_bundle()
+    running, [frame] = run(bundle, limits=Limits(per_second=math.inf)), frames_of(bundle, 1)
+    with running.connect() as connection:
+        logits(ask(connection, frame))
+        assert not running.server.buckets
+
+
+def test_as_many_files_may_be_open_as_the_limits_need(run, make_bundle):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        run(make_bundle(), limits=Limits(connections=300))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("frames", ["answered", "refused"])
