@@ -208,12 +208,15 @@ def test_altered_tables_are_one_sentence_and_no_model(served):
 
 def test_a_triton_without_coinfer_says_what_to_install(folder, make_bundle, tmp_path):
     (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline/__init__.py").touch()  # found first, and nothing of ours
+    (tmp_path / "pipeline/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'pipeline'\")\n")  # found first
     log = tmp_path / "log"
     process = start(
         folder, tmp_path, f"--model-repository={repository(make_bundle(), tmp_path / 'out')}", f"--http-port={free_port()}", "--allow-grpc=false", log=log
     )
-    assert process.wait(60) != 0
+    try:
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
     assert "is not installed in Triton's Python" in log.read_text()
     assert "pip install coinfer" in log.read_text()
 
