@@ -31,6 +31,7 @@ from pipeline.runtime.edge import FrameOpener
 
 CODE_CHANNELS, BITS = 16, 4  # of 16 x 16
 ROUNDS, TWIN_ROUNDS, WARM_UP = 2000, 60, 20
+TURN = 50  # codes that a way gets at once
 
 Symbols = np.ndarray[Any, np.dtype[np.uint8]]
 Way = tuple[Callable[[Symbols], bytes], Callable[[bytes], Symbols]]
@@ -107,7 +108,7 @@ def _by_twin(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def measure(rounds: int = ROUNDS, twin_rounds: int = TWIN_ROUNDS) -> dict[str, Any]:
-    """Encode and decode the codes of pictures, one after the other, each in all ways in an order drawn anew, on the last core; Python only in the first rounds.
+    """Encode and decode the codes of pictures, all ways in turns of `TURN` in an order drawn anew, on the last core; Python only in the first rounds.
 
     Returns {"symbols", "ms": {way: {"encode": [...], "decode": [...]}}, "bytes": {way: one for each picture}}.
 
@@ -137,23 +138,24 @@ def _timed(found: Mapping[str, Way], symbols: Symbols, rounds: int, twin_rounds:
     ms: dict[str, dict[str, list[float]]] = {name: {"encode": [], "decode": []} for name in found}
     sizes: dict[str, list[int]] = {name: [] for name in found}
     draw = random.Random(0)
-    for turn in range(-WARM_UP, rounds):
-        code = symbols[turn % len(symbols)]
-        names = [name for name in found if name != "python" or 0 <= turn < twin_rounds]
-        for name in draw.sample(names, len(names)):
+    for begin in range(-WARM_UP, rounds, TURN):
+        end = min(begin + TURN, rounds)
+        for name in draw.sample(list(found), len(found)):
             pack, unpack = found[name]
-            begin_s = time.perf_counter()
-            payload = pack(code)
-            middle_s = time.perf_counter()
-            restored = unpack(payload)
-            end_s = time.perf_counter()
-            if not np.array_equal(restored, code):
-                raise RuntimeError(f"{name} does not give back what it was given")
-            if turn >= 0:
-                ms[name]["encode"].append(round(1e3 * (middle_s - begin_s), 5))
-                ms[name]["decode"].append(round(1e3 * (end_s - middle_s), 5))
-                if turn < len(symbols):
-                    sizes[name].append(len(payload))
+            for number in range(begin, end if name != "python" else min(end, twin_rounds)):
+                code = symbols[number % len(symbols)]
+                begin_s = time.perf_counter()
+                payload = pack(code)
+                middle_s = time.perf_counter()
+                restored = unpack(payload)
+                end_s = time.perf_counter()
+                if not np.array_equal(restored, code):
+                    raise RuntimeError(f"{name} does not give back what it was given")
+                if number >= 0:
+                    ms[name]["encode"].append(round(1e3 * (middle_s - begin_s), 5))
+                    ms[name]["decode"].append(round(1e3 * (end_s - middle_s), 5))
+                    if number < len(symbols):
+                        sizes[name].append(len(payload))
     return {"ms": ms, "bytes": sizes}
 
 
